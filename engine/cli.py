@@ -1,0 +1,129 @@
+"""The command ``murmur``: what each option means; the work is done in the modules it calls."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import msgspec
+import typer
+import zmq
+
+from engine import config, model_file
+from engine.errors import MurmurError
+from engine.messages import NOTICE
+
+app = typer.Typer(
+    help=f"Stateful streaming inference over ZeroMQ. {NOTICE}",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+models_app = typer.Typer(help="Model files: list and check.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
+
+
+def _fail(error: Exception) -> NoReturn:
+    typer.echo(f"murmur: {error}", err=True)
+    raise typer.Exit(1)
+
+
+@app.command()
+def serve(
+    config_file: Annotated[
+        Path | None, typer.Argument(help="TOML file; deploy/engine.toml lists every option.")
+    ] = None,
+    models: Annotated[
+        list[str] | None, typer.Option("--model", help="Model file or name; replaces the file's.")
+    ] = None,
+    bind: Annotated[str | None, typer.Option(help="Address for clients.")] = None,
+    publish: Annotated[str | None, typer.Option(help="Address for subscribers.")] = None,
+    metrics: Annotated[str | None, typer.Option(help="host:port of Prometheus metrics.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the addresses as JSON on the first line.")
+    ] = False,
+) -> None:
+    """Serve models until SIGTERM or Ctrl-C."""
+    from engine.server import Server
+
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        chosen = config.read(config_file)
+        given = {"models": tuple(models or ()), "bind": bind, "publish": publish}
+        given |= {"metrics": metrics}
+        server = Server(
+            msgspec.structs.replace(chosen, **{key: value for key, value in given.items() if value})
+        )
+    except (MurmurError, zmq.ZMQError) as error:
+        _fail(error)
+    if as_json:
+        typer.echo(msgspec.json.encode(server.endpoints._asdict()).decode())
+    else:
+        names = ", ".join(server.model_names)
+        typer.echo(f"murmur serves {names} at {server.endpoints.bind}")
+        typer.echo(f"results are published at {server.endpoints.publish}")
+        typer.echo(NOTICE)
+    sys.stdout.flush()
+    server.run()
+
+
+@models_app.command("list")
+def list_models(as_json: Json = False) -> None:
+    """List the models that come with the package."""
+    rows: list[dict[str, Any]] = []
+    for file in model_file.bundled_files():
+        try:
+            spec = model_file.load(file).spec
+        except MurmurError as error:
+            rows.append({"name": file.stem, "file": str(file), "error": str(error)})
+            continue
+        rows.append(
+            {
+                "name": spec.name,
+                "file": str(file),
+                "pipeline": spec.pipeline,
+                "rate_hz": spec.input.rate_hz,
+                "unit": spec.input.unit,
+                "state_bytes": 4 * spec.state_size,
+                "licence": spec.licence,
+            }
+        )
+    if as_json:
+        typer.echo(msgspec.json.encode({"models": rows}).decode())
+        return
+    for row in rows:
+        about = row.get("error") or (
+            f"{row['pipeline']}, {row['rate_hz']:g} Hz in {row['unit']}, "
+            f"{row['state_bytes']} bytes of state, {row['licence']}"
+        )
+        typer.echo(f"{row['name']:12} {about}")
+
+
+@models_app.command("check")
+def check_model(
+    file: Annotated[str, typer.Argument(help="Model file, or the name of a bundled model.")],
+    as_json: Json = False,
+) -> None:
+    """Run a model and check that it keeps what it states."""
+    from engine import parity
+
+    try:
+        findings = parity.check(model_file.load(file))
+    except MurmurError as error:
+        _fail(error)
+    if as_json:
+        faults = sum(not finding.passed for finding in findings)
+        rows = [finding._asdict() for finding in findings]
+        typer.echo(msgspec.json.encode({"figure": faults, "findings": rows}).decode())
+    else:
+        for finding in findings:
+            typer.echo(f"{'ok  ' if finding.passed else 'FAIL'} {finding.name}: {finding.detail}")
+    if not all(finding.passed for finding in findings):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,331 @@
+"""The other end: open streams, send NumPy samples, iterate over what comes back.
+
+::
+
+    with Client() as client:
+        stream = client.open("bed-7", "heart", rate_hz=360, unit="mV")
+        for chunk in chunks:
+            stream.send(chunk)
+            for event in client.events():
+                print(event)
+        stream.flush()
+
+One thread, one socket, any number of streams. Sending waits while a stream has no credit. When
+the server goes away and comes back, the client opens its streams again and sends once more what
+was not acknowledged.
+"""
+
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import numpy as np
+import zmq
+from numpy.typing import ArrayLike, NDArray
+
+from engine import messages
+from engine.errors import Disconnected, Refused
+from engine.messages import Message
+
+DEFAULT_ADDRESS = "tcp://127.0.0.1:7700"
+_PING_S = 2.0
+_RETRY_S = 0.5
+
+
+class Stream:
+    """One signal on its way; made by :meth:`Client.open`.
+
+    Attributes
+    ----------
+    closed : messages.Closed or None
+        Once the server has ended the stream: why, and its counts.
+    """
+
+    def __init__(self, client: "Client", request: messages.Open) -> None:
+        self._client = client
+        self.request = request
+        self.name = request.stream
+        self.closed: messages.Closed | None = None
+        self._dtype = np.dtype("<" + request.dtype)
+        self._seq = 0
+        self._index = request.index
+        self._acked = request.index
+        self._credit = 0
+        self._kept: deque[messages.Chunk] = deque()  # sent and not acknowledged
+        self._flushes = self._flushed = 0  # asked for, answered
+        self._closing = False
+
+    def send(self, samples: ArrayLike) -> None:
+        """Send samples, after those of the last call; waits while there is no credit.
+
+        Parameters
+        ----------
+        samples : (samples,) or (samples, channels)
+            In the units of the open request: `gain` and `offset` are applied by the server.
+
+        Raises
+        ------
+        Refused
+            If the server has ended the stream.
+        Disconnected
+            If the server is gone for longer than the client's time limit.
+        """
+        values = self._shaped(samples)
+        limit = max(1, self._credit // 4)
+        for start in range(0, len(values), limit):
+            self._send(values[start : start + limit])
+
+    def flush(self) -> int:
+        """Force the tail out and wait until it is through; return the server's sample index.
+
+        Results that come meanwhile are kept for :meth:`Client.events`.
+        """
+        self._flushes += 1
+        number = self._flushes
+        self._client.tell(messages.Flush(self.name, number))
+        self._client.wait(lambda: self._flushed == number or self.closed is not None)
+        self._raise_if_closed()
+        return self._index
+
+    def close(self) -> messages.Closed:
+        """End the stream and return its counts, once all that was sent is through."""
+        if self.closed is None:
+            self._closing = True
+            self._client.tell(messages.Close(self.name))
+            self._client.wait(lambda: self.closed is not None)
+        assert self.closed is not None
+        self._client.forget(self.name)
+        return self.closed
+
+    def _shaped(self, samples: ArrayLike) -> NDArray[Any]:
+        values = np.asarray(samples)
+        channels = self.request.channels
+        if values.ndim == 1 and channels == 1:
+            values = values[:, None]
+        if values.ndim != 2 or values.shape[1] != channels:
+            raise ValueError(f"samples: expected (any, {channels}), found {values.shape}")
+        return np.ascontiguousarray(values, self._dtype)
+
+    def _send(self, values: NDArray[Any]) -> None:
+        self._client.wait(
+            lambda: (
+                self._index - self._acked + len(values) <= self._credit or self.closed is not None
+            )
+        )
+        self._raise_if_closed()
+        chunk = messages.Chunk(self.name, self._seq, self._index, values.tobytes())
+        self._seq += 1
+        self._index += len(values)
+        self._kept.append(chunk)
+        self._client.tell(chunk)
+
+    def _raise_if_closed(self) -> None:
+        if self.closed is not None:
+            raise Refused(self.closed.reason, self._client.last_error or self.closed.reason)
+
+    # Called by the client with what the server says.
+
+    def opened(self, message: messages.Opened) -> None:
+        self._credit = message.credit
+
+    def acked(self, message: messages.Ack) -> None:
+        self._acked = max(self._acked, message.index)
+        while self._kept and self._kept[0].seq <= message.seq:
+            self._kept.popleft()
+
+    def flushed(self, message: messages.Flushed) -> None:
+        self._flushed = message.id
+        self._acked = max(self._acked, message.index)
+
+    def resume(self) -> list[Message]:
+        """Return what brings a server that does not know this stream to where the last one was."""
+        first = self._kept[0].index if self._kept else self._index
+        self._kept = deque(
+            messages.Chunk(self.name, seq, chunk.index, chunk.data)
+            for seq, chunk in enumerate(self._kept)
+        )
+        self._seq, self._acked, self._credit = len(self._kept), first, 0
+        told: list[Message] = [msgspec.structs.replace(self.request, index=first), *self._kept]
+        if self._flushed < self._flushes:
+            told.append(messages.Flush(self.name, self._flushes))
+        if self._closing:
+            told.append(messages.Close(self.name))
+        return told
+
+
+class Client:
+    """A connection to a server.
+
+    Parameters
+    ----------
+    address : str
+    timeout_s : float
+        How long to wait for a server that does not answer, before :exc:`Disconnected`.
+    """
+
+    def __init__(self, address: str = DEFAULT_ADDRESS, timeout_s: float = 10.0) -> None:
+        self.address, self.timeout_s = address, timeout_s
+        self.welcome: messages.Welcome | None = None
+        self.last_error = ""
+        self._streams: dict[str, Stream] = {}
+        self._events: deque[Message] = deque()
+        self._refusals: dict[str, Refused] = {}
+        # One identity for all connections: the server knows who opens a stream once more.
+        self._identity = uuid.uuid4().bytes
+        self._context = zmq.Context()
+        self._socket = self._connect()
+        self._pinged = self._heard = time.monotonic()
+        self._recover_at: float | None = None
+        self.tell(messages.Hello(messages.VERSION, "murmur-python"))
+        self.wait(lambda: self.welcome is not None)
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def open(
+        self,
+        stream: str,
+        model: str,
+        rate_hz: float,
+        unit: str,
+        *,
+        channels: int = 1,
+        dtype: messages.Dtype = "f4",
+        gain: float = 1.0,
+        offset: float = 0.0,
+        index: int = 0,
+        latency_ms: float | None = None,
+    ) -> Stream:
+        """Start a stream; see :class:`engine.messages.Open` for what the values mean.
+
+        Raises
+        ------
+        Refused
+            With the server's code and reason.
+        """
+        request = messages.Open(
+            stream, model, rate_hz, unit, channels, dtype, gain, offset, index, latency_ms
+        )
+        one = self._streams[stream] = Stream(self, request)
+        self._refusals.pop(stream, None)
+        self.tell(request)
+        self.wait(lambda: one._credit > 0 or stream in self._refusals)
+        if stream in self._refusals:
+            del self._streams[stream]
+            raise self._refusals.pop(stream)
+        return one
+
+    def events(self, timeout_s: float = 0.0) -> Iterator[Message]:
+        """Yield results, gaps, errors and ends of streams that have come.
+
+        Parameters
+        ----------
+        timeout_s : float
+            How long to wait for the first, if none is there yet.
+        """
+        self._receive(0.0)
+        if not self._events and timeout_s > 0:
+            self._receive(timeout_s)
+        while self._events:
+            yield self._events.popleft()
+
+    def close(self) -> None:
+        """End the connection; streams that are open are dropped by the server."""
+        self._socket.close(linger=1000)
+        self._context.term()
+
+    def tell(self, message: Message) -> None:
+        """Send one message."""
+        self._socket.send(messages.body([messages.encode(message)]))
+
+    def wait(self, condition: Any) -> None:
+        """Take what comes until a condition holds; keeps the connection alive meanwhile.
+
+        Raises
+        ------
+        Disconnected
+            If the server says nothing for the client's time limit.
+        """
+        self._receive(0.0)
+        self._heard = time.monotonic()
+        while not condition():
+            self._receive(_RETRY_S)
+            silent_s = time.monotonic() - self._heard
+            if silent_s > self.timeout_s:
+                raise Disconnected(f"no answer from {self.address} for {silent_s:.0f} s")
+
+    def forget(self, name: str) -> None:
+        self._streams.pop(name, None)
+
+    def _connect(self) -> zmq.Socket[bytes]:
+        one = self._context.socket(zmq.DEALER)
+        one.setsockopt(zmq.LINGER, 0)
+        one.setsockopt(zmq.IDENTITY, self._identity)
+        one.connect(self.address)
+        return one
+
+    def _receive(self, timeout_s: float) -> None:
+        """Take all that has come, waiting at most so long for the first of it."""
+        now = time.monotonic()
+        if self._recover_at is not None and now >= self._recover_at:
+            self._recover()
+        if now - self._pinged > _PING_S:
+            self._pinged = now
+            self.tell(messages.Ping())
+        if not self._socket.poll(round(timeout_s * 1000)):
+            return
+        self._heard = time.monotonic()
+        while True:
+            try:
+                body = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            for message in messages.decode_replies(body):
+                self._take(message)
+
+    def _take(self, message: messages.Reply) -> None:
+        stream = self._streams.get(getattr(message, "stream", ""))
+        match message:
+            case messages.Welcome():
+                self.welcome = message
+            case messages.Pong():
+                pass
+            case messages.Error(code="not_greeted"):
+                self._recover_at = self._heard
+            case messages.Error(code="unknown_stream") if stream is not None:
+                self._recover_at = self._heard
+            case messages.Error(code="draining") | messages.Closed(reason="draining"):
+                self._recover_at = self._heard + _RETRY_S
+            case messages.Error():
+                self.last_error = message.reason
+                self._refusals[message.stream] = Refused(message.code, message.reason)
+                self._events.append(message)
+            case messages.Opened() if stream is not None:
+                stream.opened(message)
+            case messages.Ack() if stream is not None:
+                stream.acked(message)
+            case messages.Flushed() if stream is not None:
+                stream.flushed(message)
+            case messages.Closed(reason="reopened"):
+                pass
+            case messages.Closed() if stream is not None:
+                stream.closed = message
+                self._events.append(message)
+            case _:
+                self._events.append(message)
+
+    def _recover(self) -> None:
+        """Connect anew and bring every stream to where it was: the server has forgotten us."""
+        self._recover_at = None
+        self._socket.close()
+        self._socket = self._connect()
+        self.tell(messages.Hello(messages.VERSION, "murmur-python"))
+        for stream in self._streams.values():
+            for message in stream.resume():
+                self.tell(message)

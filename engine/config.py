@@ -1,0 +1,65 @@
+"""The server's options. ``deploy/engine.toml`` lists each with its default and unit."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from engine.errors import ConfigError
+
+Count = Annotated[int, Meta(ge=1)]
+Positive = Annotated[float, Meta(gt=0)]
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Immutable; an unknown key is an error that names it."""
+
+
+class Limits(_Section, frozen=True):
+    """What one peer, one stream and all together may ask for."""
+
+    max_peers: Count = 4096
+    max_streams: Count = 4096  # of each model
+    max_streams_per_peer: Count = 4096
+    max_message_bytes: Count = 1_048_576
+    max_chunk_bytes: Count = 262_144
+    max_queued_messages: Count = 1_000  # to a peer that does not read; then it is dropped
+    credit_s: Positive = 2.0  # seconds of signal that a stream may have in flight
+    idle_timeout_s: Positive = 60.0  # a peer that says nothing for so long is dropped
+    stream_timeout_s: Positive = 600.0  # a stream without a chunk for so long is closed
+    max_load: Positive = 0.7  # part of the measured capacity that is given away
+    drain_s: Positive = 10.0  # at SIGTERM, to finish what has arrived
+
+
+class Config(_Section, frozen=True):
+    """The whole file."""
+
+    bind: str = "tcp://127.0.0.1:7700"  # ROUTER: clients
+    publish: str = "tcp://127.0.0.1:7701"  # PUB: subscribers
+    metrics: Annotated[str, Meta(pattern=r"^(|[^:]+:[0-9]{1,5})$")] = ""  # host:port; empty: none
+    models: Annotated[tuple[str, ...], Meta(min_length=1)] = ("heart",)
+    provider: Literal["cpu", "cuda"] = "cpu"
+    threads: Annotated[int, Meta(ge=0, le=256)] = 0  # cores for the models; 0: all
+    limits: Limits = Limits()
+
+    @property
+    def num_threads(self) -> int:
+        return self.threads or len(os.sched_getaffinity(0))
+
+
+def read(path: Path | None) -> Config:
+    """Read a configuration file; None gives the defaults.
+
+    Raises
+    ------
+    ConfigError
+        Naming the file, the key, what was expected and what was found.
+    """
+    if path is None:
+        return Config()
+    try:
+        return msgspec.toml.decode(path.read_bytes(), type=Config)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None

@@ -1,0 +1,1 @@
+"""The heart wing: from a model's scores to beats, heart rate and rhythm."""

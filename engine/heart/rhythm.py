@@ -1,0 +1,65 @@
+"""From the beats of one stream to its heart rate and to what the alert rules look at."""
+
+from collections import deque
+from statistics import median
+
+from engine.alerts import Rule
+
+# A ventricular run is three or more ventricular beats in a row; more than five a minute are
+# called frequent (Lown & Wolf 1971 draw that line at 30 an hour, bedside monitors at 5-10 a
+# minute). Each clears well below where it raises.
+RULES = (
+    Rule("ventricular_run", "ventricular_in_a_row", 3, 1, "high"),
+    Rule("frequent_ventricular_beats", "ventricular_per_minute", 6, 4, "medium"),
+)
+_INTERVALS = 8  # the heart rate is of their median: one early beat does not move it
+_LONGEST_INTERVAL_S = 3.0  # a longer one is a pause or a loss of signal, not a heart rate
+
+
+class Rhythm:
+    """What the beats so far say.
+
+    Parameters
+    ----------
+    rate_hz : float
+        Of the positions that :meth:`push` is given.
+    """
+
+    def __init__(self, rate_hz: float) -> None:
+        self._rate_hz = rate_hz
+        self._last: int | None = None
+        self._intervals: deque[int] = deque(maxlen=_INTERVALS)
+        self._ventricular: deque[int] = deque()
+        self._run = 0
+
+    def push(self, position: int, label: str) -> dict[str, float]:
+        """Take the next beat, return the measures that the rules look at."""
+        if self._last is not None:
+            interval = position - self._last
+            if interval > _LONGEST_INTERVAL_S * self._rate_hz:
+                self._intervals.clear()
+            else:
+                self._intervals.append(interval)
+        self._last = position
+        self._run = self._run + 1 if label == "V" else 0
+        if label == "V":
+            self._ventricular.append(position)
+        while self._ventricular and position - self._ventricular[0] > 60 * self._rate_hz:
+            self._ventricular.popleft()
+        return {
+            "ventricular_in_a_row": self._run,
+            "ventricular_per_minute": len(self._ventricular),
+        }
+
+    def gap(self) -> None:
+        """Forget what must not be joined over lost samples: an interval, a run."""
+        self._last = None
+        self._intervals.clear()
+        self._run = 0
+
+    @property
+    def heart_rate_bpm(self) -> float | None:
+        """Of the median of the last eight intervals; None until two are known."""
+        if len(self._intervals) < 2:
+            return None
+        return 60.0 * self._rate_hz / median(self._intervals)

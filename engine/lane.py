@@ -1,0 +1,221 @@
+"""One model and all of its streams, from queued samples to results.
+
+A lane owns the rows: queued samples, filters, model state, the wing's memory. Its work on a
+batch is done on all rows at once; Python is entered per row only where something happened.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.messages import Flushed, Gap, Message
+from engine.model_file import ModelSpec
+from engine.runtime import Runtime
+from engine.session import End, Lost, Samples, Session, Tail
+from engine.signal import Front
+from engine.slots import Slots
+from engine.wing import Rows, Wing
+
+_NEVER = np.iinfo(np.int64).max
+
+
+class Told(NamedTuple):
+    """A message and the stream that it concerns."""
+
+    session: Session
+    message: Message
+
+
+class Lane:
+    """The streams of one model.
+
+    Parameters
+    ----------
+    spec : ModelSpec
+    runtime : Runtime
+    wing : Wing
+    num_slots : int
+    credit_s : float
+        Seconds of signal that a stream may have in flight; the queue of each row holds them.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, runtime: Runtime, wing: Wing, num_slots: int, credit_s: float
+    ) -> None:
+        self.spec, self.runtime, self.wing = spec, runtime, wing
+        self.hop = spec.hop_samples
+        self.slots = Slots(num_slots)
+        self.front = Front(spec, num_slots)
+        self.sessions: dict[int, Session] = {}
+        # Seconds that a stream may have in flight: a few hops at least, or it would never fill one.
+        self.credit_s = max(credit_s, 4 * self.hop / spec.input.rate_hz)
+        # A flush appends up to the delay and a hop to what credit allows.
+        self._capacity = round(self.credit_s * spec.input.rate_hz) + wing.delay + 3 * self.hop
+        # Rows are written from their beginning whenever they run empty, so that the memory of a
+        # stream that keeps up is a few hops; the system gives pages only where something is.
+        self._queue = np.zeros((num_slots, self._capacity, spec.input.channels), np.float32)
+        self._head = np.zeros(num_slots, np.int64)
+        self._fill = np.zeros(num_slots, np.int64)
+        self._position = np.zeros(num_slots, np.int64)  # samples consumed since the open
+        self._mark = np.full(num_slots, _NEVER)  # position at which the next ack is due
+        self._held = np.zeros(num_slots, bool)  # something waits in the session's inbox
+        self._end = np.full(num_slots, _NEVER)  # where a flush's padding begins
+        self._steps = np.arange(self.hop)
+
+    def open(self, session: Session) -> int:
+        """Give a stream a row like new; the caller has checked that one is free."""
+        slot = self.slots.acquire()
+        self.sessions[slot] = session
+        self._position[slot] = 0
+        self._clear(slot)
+        self._restart(slot)
+        return slot
+
+    def close(self, slot: int) -> None:
+        self.slots.release(slot)
+        del self.sessions[slot]
+
+    def hops(self, slot: int) -> int:
+        """Return how many steps a row's samples suffice for."""
+        return int(self._fill[slot]) // self.hop
+
+    def feed(self, slot: int) -> list[Message]:
+        """Move what a stream has accepted into its row, as far as its order allows.
+
+        A gap, a flush and an end wait until every whole hop before them has been stepped.
+        The end stays in the inbox, for the caller to see.
+        """
+        session = self.sessions[slot]
+        told: list[Message] = []
+        while session.inbox:
+            item = session.inbox[0]
+            if isinstance(item, Samples):
+                if not self._append(slot, item.values):
+                    break
+                if item.ack is not None:
+                    self._mark_ack(slot, session, item.ack)
+            elif self._fill[slot] >= self.hop:
+                break
+            elif isinstance(item, Lost):
+                told += self._skip(slot, session, item)
+            elif isinstance(item, Tail):
+                if self._end[slot] == _NEVER:
+                    self._pad(slot)
+                    continue  # most often there is now a hop to step first
+                told += self._finish(slot, session, item)
+            else:
+                told += self._ack(slot, session, _NEVER)
+                break
+            session.inbox.popleft()
+        self._held[slot] = bool(session.inbox)
+        return told
+
+    def step(self, slots: NDArray[np.intp]) -> list[Told]:
+        """Advance rows by one hop each and return what came of it, in order per stream.
+
+        Parameters
+        ----------
+        slots : (rows,) intp
+            Distinct rows that have a whole hop of samples.
+        """
+        start = self._position[slots]
+        windows = self.front.push(slots, self._take_hop(slots))
+        outputs = self.runtime.step(slots, windows)
+        sessions = [self.sessions[slot] for slot in slots.tolist()]
+        rows = Rows(slots, start, self._end[slots], sessions)
+        told = [Told(sessions[row], message) for row, message in self.wing.push(rows, outputs)]
+        due = (self._mark[slots] <= self._position[slots]) | self._held[slots]
+        for slot in slots[due].tolist():
+            session = self.sessions[slot]
+            messages = self._ack(slot, session, int(self._position[slot])) + self.feed(slot)
+            told += [Told(session, message) for message in messages]
+        return told
+
+    def remaining(self, slots: NDArray[np.intp]) -> NDArray[np.int64]:
+        """Return how many whole hops each row has."""
+        left: NDArray[np.int64] = self._fill[slots] // self.hop
+        return left
+
+    def ending(self, slots: NDArray[np.intp]) -> list[int]:
+        """Return the rows that have nothing left to step and whose session's end is next."""
+        idle = slots[self._held[slots] & (self._fill[slots] < self.hop)]
+        return [slot for slot in idle.tolist() if isinstance(self.sessions[slot].inbox[0], End)]
+
+    def _append(self, slot: int, values: NDArray[np.float32]) -> bool:
+        """Queue samples at the end of a row; False if there is no room for them yet."""
+        fill = int(self._fill[slot])
+        if fill + len(values) > self._capacity:
+            return False
+        begin = int(self._head[slot]) + fill
+        if begin + len(values) > self._capacity:
+            head = int(self._head[slot])
+            self._queue[slot, :fill] = self._queue[slot, head:begin].copy()
+            self._head[slot], begin = 0, fill
+        self._queue[slot, begin : begin + len(values)] = values
+        self._fill[slot] = fill + len(values)
+        return True
+
+    def _take_hop(self, slots: NDArray[np.intp]) -> NDArray[np.float32]:
+        """Return the next hop of each row, (rows, hop, channels), and move on."""
+        head = self._head[slots]
+        samples: NDArray[np.float32] = self._queue[slots[:, None], head[:, None] + self._steps]
+        fill = self._fill[slots] - self.hop
+        self._fill[slots] = fill
+        self._head[slots] = np.where(fill > 0, head + self.hop, 0)
+        self._position[slots] += self.hop
+        return samples
+
+    def _mark_ack(self, slot: int, session: Session, ack: tuple[int, int]) -> None:
+        # A chunk is through when its last whole hop is; what is left waits for the next chunk.
+        position = int(self._position[slot] + self._fill[slot] // self.hop * self.hop)
+        self._mark[slot] = session.mark(position, ack)
+
+    def _ack(self, slot: int, session: Session, position: int) -> list[Message]:
+        ack, mark = session.passed(position)
+        self._mark[slot] = _NEVER if mark is None else mark
+        return [] if ack is None else [ack]
+
+    def _skip(self, slot: int, session: Session, lost: Lost) -> list[Message]:
+        """Pass over lost samples; those before them that fill no hop are lost as well."""
+        told = self._ack(slot, session, _NEVER)
+        position = int(self._position[slot])
+        first = session.index_at(position) if self._fill[slot] else lost.start
+        self._clear(slot)
+        if self.spec.gap == "reset":
+            self.front.reset(slot)
+            self.runtime.reset(slot)
+            self.wing.gap(slot)
+        session.anchor(position, lost.end)
+        return [*told, Gap(session.name, first, lost.end, self.spec.gap)]
+
+    def _pad(self, slot: int) -> None:
+        """Append the last value until the tail has come through."""
+        fill = int(self._fill[slot])
+        last = self._queue[slot, self._head[slot] + fill - 1] if fill else 0.0
+        wanted = -(-(fill + self.wing.delay) // self.hop) * self.hop - fill
+        padding = np.empty((wanted, self._queue.shape[2]), np.float32)
+        padding[:] = last
+        assert self._append(slot, padding), "the queue of a row has room for a flush"
+        self._end[slot] = self._position[slot] + fill
+
+    def _finish(self, slot: int, session: Session, tail: Tail) -> list[Message]:
+        """Answer a flush whose padding is through, and begin anew."""
+        told = self._ack(slot, session, _NEVER)
+        self._clear(slot)
+        self._restart(slot)
+        session.anchor(int(self._position[slot]), tail.end)
+        return [*told, Flushed(session.name, tail.id, tail.end)]
+
+    def _clear(self, slot: int) -> None:
+        """Forget queued samples."""
+        self._head[slot] = self._fill[slot] = 0
+        self._mark[slot] = _NEVER
+        self._end[slot] = _NEVER
+        self._held[slot] = False
+
+    def _restart(self, slot: int) -> None:
+        """Make all that is carried like new."""
+        self.front.reset(slot)
+        self.runtime.reset(slot)
+        self.wing.reset(slot)

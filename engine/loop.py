@@ -1,0 +1,383 @@
+"""The engine without its sockets: messages in, one batch a turn, messages out.
+
+One thread owns everything. :class:`Engine` takes message bodies with :meth:`~Engine.receive`,
+advances streams with :meth:`~Engine.turn`, and leaves what is to be sent in two lists. The clock
+is an argument, so the same engine runs under a test's clock.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from engine import messages
+from engine.config import Limits
+from engine.errors import Refused
+from engine.heart.wing import HeartWing
+from engine.lane import Lane
+from engine.messages import Message
+from engine.metrics import Metrics
+from engine.model_file import Model, ModelSpec
+from engine.runtime import Runtime
+from engine.scheduler import Batch, Scheduler, Terms
+from engine.session import End, Session
+from engine.wing import AudioWing, ScoresWing, Wing
+
+log = logging.getLogger(__name__)
+
+SERVER = "murmur 0.1"
+WINGS: dict[str, Callable[[ModelSpec, int], Wing]] = {
+    "heart": HeartWing,
+    "scores": ScoresWing,
+    "audio": AudioWing,
+}
+# Codes after which a stream cannot go on: its signal is not what was announced.
+_FATAL = frozenset({"bad_length", "not_finite"})
+_PUBLISHED = (
+    messages.Beat,
+    messages.Alert,
+    messages.Scores,
+    messages.Samples,
+    messages.Gap,
+)
+
+
+class Peer:
+    """A connection: who it is, and the streams that it opened."""
+
+    def __init__(self, now: float) -> None:
+        self.greeted = False
+        self.seen = now
+        self.streams: set[str] = set()
+        self.outbox: list[bytes] = []
+
+
+class Stream(NamedTuple):
+    """Where a stream lives."""
+
+    session: Session
+    lane: str
+    slot: int
+    peer: bytes
+    budget_s: float
+
+
+class Engine:
+    """All models, streams and peers.
+
+    Parameters
+    ----------
+    served : iterable of (Model, Runtime)
+    limits : Limits
+    metrics : Metrics
+    clock : callable
+        Seconds of a monotonic clock, for the time that steps take.
+
+    Attributes
+    ----------
+    published : list of (topic, body)
+        To be sent to subscribers, and then cleared, by the caller.
+    """
+
+    def __init__(
+        self,
+        served: Iterable[tuple[Model, Runtime]],
+        limits: Limits,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.limits, self.metrics, self._clock = limits, metrics, clock
+        self.published: list[tuple[bytes, bytes]] = []
+        self.peers: dict[bytes, Peer] = {}
+        self.draining = False
+        self._models: dict[str, Model] = {}
+        self._lanes: dict[str, Lane] = {}
+        terms: dict[str, Terms] = {}
+        for model, runtime in served:
+            spec = model.spec
+            wing = WINGS[spec.pipeline](spec, limits.max_streams)
+            self._models[spec.name] = model
+            self._lanes[spec.name] = Lane(spec, runtime, wing, limits.max_streams, limits.credit_s)
+            terms[spec.name] = Terms(
+                limits.max_streams, runtime.max_rows, spec.priority, runtime.step_seconds
+            )
+        self._scheduler = Scheduler(terms)
+        self._streams: dict[str, Stream] = {}
+        self._last_chunk: dict[str, float] = {}
+        self._load = 0.0  # part of the capacity that open streams need
+
+    # --- in --------------------------------------------------------------------------------
+
+    def receive(self, peer_id: bytes, body: bytes, now: float) -> None:
+        """Take one message body. Whatever is wrong with it is answered, and harms no one else."""
+        peer = self.peers.get(peer_id)
+        if peer is None:
+            if len(self.peers) >= self.limits.max_peers:
+                self.metrics.refused["too_many_peers"] += 1
+                return
+            peer = self.peers[peer_id] = Peer(now)
+            self.metrics.peers = len(self.peers)
+        peer.seen = now
+        try:
+            requests = self._decode(body)
+        except Refused as refused:
+            self._refuse(peer, refused)
+            return
+        for request in requests:
+            try:
+                self._handle(peer_id, peer, request, now)
+            except Refused as refused:
+                self._refuse(peer, refused, request)
+
+    def _decode(self, body: bytes) -> list[messages.Request]:
+        if len(body) > self.limits.max_message_bytes:
+            raise Refused(
+                "oversize",
+                f"message: expected at most {self.limits.max_message_bytes} bytes, "
+                f"found {len(body)}",
+            )
+        try:
+            return messages.decode_requests(body)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise Refused("malformed", f"expected an array of messages: {error}") from None
+
+    def _handle(self, peer_id: bytes, peer: Peer, request: messages.Request, now: float) -> None:
+        if isinstance(request, messages.Hello):
+            self._hello(peer, request)
+        elif not peer.greeted:
+            raise Refused("not_greeted", "expected hello first")
+        elif isinstance(request, messages.Chunk):
+            self._chunk(peer_id, request, now)
+        elif isinstance(request, messages.Ping):
+            self._tell(peer, messages.Pong(request.id))
+        elif isinstance(request, messages.Open):
+            self._open(peer_id, peer, request, now)
+        else:
+            stream = self._own(peer_id, request.stream)
+            if isinstance(request, messages.Flush):
+                stream.session.flush(request.id)
+            else:
+                stream.session.close()
+            self._feed(stream, now)
+
+    def _hello(self, peer: Peer, hello: messages.Hello) -> None:
+        if hello.version != messages.VERSION:
+            raise Refused(
+                "bad_version",
+                f"version: this server speaks {messages.VERSION}, found {hello.version}",
+            )
+        peer.greeted = True
+        welcome = messages.Welcome(
+            messages.VERSION,
+            SERVER,
+            sorted(self._models),
+            self.limits.max_message_bytes,
+            self.limits.max_chunk_bytes,
+            self.limits.idle_timeout_s,
+        )
+        self._tell(peer, welcome)
+
+    def _open(self, peer_id: bytes, peer: Peer, request: messages.Open, now: float) -> None:
+        if self.draining:
+            raise Refused("draining", "the server is about to stop")
+        known = self._streams.get(request.stream)
+        if known is not None and known.peer != peer_id:
+            raise Refused("stream_taken", f"stream {request.stream!r} is another connection's")
+        if known is not None:
+            self._end(known, "reopened")  # the connection was lost without our noticing
+        if len(peer.streams) >= self.limits.max_streams_per_peer:
+            raise Refused(
+                "full", f"limits.max_streams_per_peer is {self.limits.max_streams_per_peer}"
+            )
+        if request.model not in self._models:
+            raise Refused(
+                "unknown_model",
+                f"model: expected one of {sorted(self._models)}, found {request.model!r}",
+            )
+        lane = self._lanes[request.model]
+        self._admit(lane)
+        model = self._models[request.model]
+        credit = round(lane.credit_s * request.rate_hz)
+        session = Session(request, model.spec.input, credit, self.limits.max_chunk_bytes)
+        budget_s = (request.latency_ms or model.spec.latency_ms) / 1000
+        slot = lane.open(session)
+        self._streams[request.stream] = Stream(session, request.model, slot, peer_id, budget_s)
+        self._last_chunk[request.stream] = now
+        self._load += self._share(lane)
+        peer.streams.add(request.stream)
+        self.metrics.streams_open = len(self._streams)
+        log.info("stream %s opened: %s at %g Hz", session.name, request.model, request.rate_hz)
+        opened = messages.Opened(
+            request.stream,
+            request.model,
+            model.sha256,
+            credit,
+            model.spec.look_ahead_samples / model.spec.input.rate_hz,
+            model.spec.hop_samples / model.spec.input.rate_hz,
+        )
+        self._tell(peer, opened)
+
+    def _admit(self, lane: Lane) -> None:
+        if lane.slots.full:
+            raise Refused("full", f"limits.max_streams is {self.limits.max_streams}")
+        load = self._load + self._share(lane)
+        if load > self.limits.max_load:
+            raise Refused(
+                "full",
+                f"another stream would take the measured load to {load:.2f}; "
+                f"limits.max_load is {self.limits.max_load:g}",
+            )
+
+    def _share(self, lane: Lane) -> float:
+        """Return the part of the measured capacity that a stream of this model needs."""
+        rows = lane.runtime.max_rows
+        hops_per_s = lane.spec.input.rate_hz / lane.hop
+        return hops_per_s * lane.runtime.step_seconds(rows) / rows
+
+    def _own(self, peer_id: bytes, name: str) -> Stream:
+        stream = self._streams.get(name)
+        if stream is None or stream.peer != peer_id or stream.session.ending:
+            raise Refused("unknown_stream", f"stream {name!r} is not open on this connection")
+        return stream
+
+    def _chunk(self, peer_id: bytes, chunk: messages.Chunk, now: float) -> None:
+        stream = self._own(peer_id, chunk.stream)
+        session = stream.session
+        self._last_chunk[chunk.stream] = now
+        gaps, lost = session.gaps, session.lost_samples
+        if not session.accept(chunk):
+            self.metrics.duplicates += 1
+            self._tell(self.peers[peer_id], session.repeat_ack())
+            return
+        self.metrics.chunks += 1
+        self.metrics.gaps += session.gaps - gaps
+        self.metrics.lost_samples += session.lost_samples - lost
+        self._feed(stream, now)
+
+    def _feed(self, stream: Stream, now: float) -> None:
+        """Move what was accepted towards the model, and tell the scheduler if a hop is whole."""
+        lane = self._lanes[stream.lane]
+        self._route(stream, lane.feed(stream.slot))
+        self._advance(stream, lane, now)
+
+    def _advance(self, stream: Stream, lane: Lane, now: float) -> None:
+        hops = lane.hops(stream.slot)
+        if hops:
+            self._scheduler.arrived(stream.lane, stream.slot, hops, now + stream.budget_s, now)
+        elif stream.session.inbox and isinstance(stream.session.inbox[0], End):
+            self._end(stream, "closed")
+
+    # --- one turn --------------------------------------------------------------------------
+
+    def turn(self, now: float) -> float | None:
+        """Run the batch that is due, if any.
+
+        Returns
+        -------
+        float or None
+            The time at which to call again if nothing arrives before; None: not until then.
+        """
+        decision = self._scheduler.next(now)
+        if not isinstance(decision, Batch):
+            return decision.until
+        self._step(decision, now)
+        return now
+
+    def _step(self, batch: Batch, now: float) -> None:
+        lane = self._lanes[batch.lane]
+        deadlines = self._scheduler.deadlines(batch)
+        begin = self._clock()
+        told = lane.step(batch.slots)
+        seconds = self._clock() - begin
+        remaining = lane.remaining(batch.slots)
+        self._scheduler.stepped(batch, remaining, seconds)
+        for session, message in told:
+            self._route(self._streams[session.name], [message])
+        for slot in lane.ending(batch.slots):
+            self._advance(self._streams[lane.sessions[slot].name], lane, now)
+        self.metrics.rows += len(batch.slots)
+        self.metrics.missed_deadlines += int(np.sum(now + seconds > deadlines))
+        self.metrics.batch_rows.add(len(batch.slots))
+        self.metrics.step_seconds.add(seconds)
+
+    def tick(self, now: float) -> None:
+        """Give up peers and streams that have said nothing for too long. Call it once a second."""
+        limits = self.limits
+        for peer_id in [p for p, x in self.peers.items() if now - x.seen > limits.idle_timeout_s]:
+            self.drop(peer_id, "idle")
+        for name in [n for n, t in self._last_chunk.items() if now - t > limits.stream_timeout_s]:
+            self._end(self._streams[name], "idle")
+
+    def drop(self, peer_id: bytes, reason: str) -> None:
+        """Give up a connection and its streams."""
+        peer = self.peers[peer_id]
+        for name in sorted(peer.streams):
+            self._end(self._streams[name], reason)
+        del self.peers[peer_id]
+        self.metrics.dropped_peers += 1
+        self.metrics.peers = len(self.peers)
+
+    def drain(self) -> bool:
+        """Open nothing more; return whether all that has arrived is through.
+
+        A stream that has nothing left to step is closed with the reason ``draining``.
+        """
+        self.draining = True
+        for stream in list(self._streams.values()):
+            if not self._lanes[stream.lane].hops(stream.slot):
+                self._end(stream, "draining")
+        return not self._streams
+
+    # --- out -------------------------------------------------------------------------------
+
+    def waiting(self) -> list[bytes]:
+        """Return the peers for whom there is something to send."""
+        return [peer_id for peer_id, peer in self.peers.items() if peer.outbox]
+
+    def take(self, peer_id: bytes) -> bytes:
+        """Return one body with all that a peer is to be told, and forget it."""
+        outbox = self.peers[peer_id].outbox
+        body = messages.body(outbox)
+        outbox.clear()
+        return body
+
+    def _route(self, stream: Stream, told: Iterable[Message]) -> None:
+        """Queue messages for the stream's client, and results for subscribers too."""
+        peer = self.peers[stream.peer]
+        for message in told:
+            encoded = messages.encode(message)
+            peer.outbox.append(encoded)
+            if isinstance(message, _PUBLISHED):
+                kind = type(message).__name__.lower()
+                self.metrics.results[kind] += 1
+                topic = f"{kind}/{stream.session.name}".encode()
+                self.published.append((topic, messages.body([encoded])))
+
+    def _tell(self, peer: Peer, message: Message) -> None:
+        peer.outbox.append(messages.encode(message))
+
+    def _refuse(
+        self, peer: Peer, refused: Refused, request: messages.Request | None = None
+    ) -> None:
+        self.metrics.refused[refused.code] += 1
+        name = getattr(request, "stream", "")
+        seq = getattr(request, "seq", None)
+        self._tell(peer, messages.Error(refused.code, refused.reason, name, seq))
+        if refused.code in _FATAL:
+            self._end(self._streams[name], refused.code)
+
+    def _end(self, stream: Stream, reason: str) -> None:
+        """Tell a stream's client that it is over, and free its row."""
+        name = stream.session.name
+        lane = self._lanes[stream.lane]
+        self._route(stream, [stream.session.closed(reason)])
+        self._scheduler.removed(stream.lane, stream.slot)
+        lane.close(stream.slot)
+        self._load -= self._share(lane)
+        self.peers[stream.peer].streams.discard(name)
+        del self._streams[name], self._last_chunk[name]
+        self.metrics.streams_open = len(self._streams)
+        log.info("stream %s closed: %s", name, reason)

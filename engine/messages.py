@@ -1,0 +1,225 @@
+"""Every message that crosses a socket: this file is the specification of the wire.
+
+A ZeroMQ message body is one MessagePack array of messages, each a map with the key ``type``.
+Messages gain fields with defaults only, and a reader skips keys it does not know, so that an
+older peer stays welcome; anything else raises :data:`VERSION`. ``docs/protocol.md`` tells the
+same with an example of a conversation.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+VERSION = 1
+NOTICE = "Research and education software, not a medical device."
+
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}$")]
+Text = Annotated[str, Meta(max_length=256)]
+Index = Annotated[int, Meta(ge=0, le=2**62)]
+Dtype = Literal["f4", "i2"]  # float32 or int16, both little-endian
+
+
+class Message(msgspec.Struct, frozen=True, tag_field="type", tag=str.lower):
+    """A map with the key ``type``, which is the class's name in lower case."""
+
+
+# --- from a client ---------------------------------------------------------------------------
+
+
+class Hello(Message, frozen=True):
+    """First message of a connection."""
+
+    version: int
+    client: Text = ""
+
+
+class Open(Message, frozen=True):
+    """Start a stream. ``gain`` and ``offset`` turn what is sent into ``unit``."""
+
+    stream: Name
+    model: Text
+    rate_hz: Annotated[float, Meta(gt=0, le=1e6)]
+    unit: Text
+    channels: Annotated[int, Meta(ge=1, le=64)] = 1
+    dtype: Dtype = "f4"
+    gain: float = 1.0
+    offset: float = 0.0
+    index: Index = 0  # of the first sample to come
+    latency_ms: Annotated[float, Meta(gt=0, le=60_000)] | None = None  # None: the model's own
+
+
+class Chunk(Message, frozen=True):
+    """Samples of a stream, interleaved if there are several channels."""
+
+    stream: Name
+    seq: Index  # counts the stream's chunks from 0
+    index: Index  # of the first sample, in samples per channel
+    data: bytes
+
+
+class Flush(Message, frozen=True):
+    """Force the tail out: the stream goes on afterwards with new state."""
+
+    stream: Name
+    id: Index = 0
+
+
+class Close(Message, frozen=True):
+    """End a stream. What was sent before is finished first; a flush is not implied."""
+
+    stream: Name
+
+
+class Ping(Message, frozen=True):
+    """Ask for a pong; keeps the connection's streams from timing out."""
+
+    id: Index = 0
+
+
+# --- from the server -------------------------------------------------------------------------
+
+
+class Welcome(Message, frozen=True):
+    """Answer to hello."""
+
+    version: int
+    server: str
+    models: list[str]
+    max_message_bytes: int
+    max_chunk_bytes: int
+    idle_timeout_s: float
+    notice: str = NOTICE
+
+
+class Opened(Message, frozen=True):
+    """Answer to open."""
+
+    stream: str
+    model: str
+    sha256: str  # of the model file
+    credit: int  # samples that may be in flight beyond the last ack's index
+    look_ahead_s: float  # how far behind the signal a result lies, beside the hop
+    hop_s: float
+
+
+class Ack(Message, frozen=True):
+    """All effects of the chunks up to ``seq`` are out; ``index`` is the next sample's."""
+
+    stream: str
+    seq: int
+    index: int
+
+
+class Gap(Message, frozen=True):
+    """Samples ``start`` to ``end`` (exclusive) took no part in any result."""
+
+    stream: str
+    start: int
+    end: int
+    state: Literal["hold", "reset"]  # what became of the model's state
+
+
+class Flushed(Message, frozen=True):
+    """All that was sent before the flush of that id is through, its tail included."""
+
+    stream: str
+    id: int
+    index: int
+
+
+class Closed(Message, frozen=True):
+    """The stream is over; ``reason`` is ``closed``, or a code from the table of errors."""
+
+    stream: str
+    reason: str
+    chunks: int
+    samples: int
+    duplicates: int
+    gaps: int
+    lost_samples: int
+
+
+class Pong(Message, frozen=True):
+    """Answer to ping."""
+
+    id: int
+
+
+class Error(Message, frozen=True):
+    """A message was not accepted. An empty stream concerns the connection."""
+
+    code: str
+    reason: str
+    stream: str = ""
+    seq: int | None = None
+
+
+# --- results: to the client, and published under the topic "type/stream" ----------------------
+
+
+class Beat(Message, frozen=True):
+    """One heart beat. ``decided_at``: the samples before this index sufficed to decide."""
+
+    stream: str
+    index: int
+    seconds: float
+    label: str  # AAMI class: N, S, V, F or Q
+    probability: float
+    decided_at: int
+    heart_rate_bpm: float | None  # None until two intervals are known
+
+
+class Alert(Message, frozen=True):
+    """A rule became active, or was resolved."""
+
+    stream: str
+    rule: str
+    state: Literal["active", "resolved"]
+    priority: Literal["low", "medium", "high"]
+    value: float
+    limit: float
+    index: int
+    seconds: float
+    decided_at: int
+    notice: str = NOTICE
+
+
+class Scores(Message, frozen=True):
+    """One step's output of a model, as it is: float32, little-endian, in C order."""
+
+    stream: str
+    output: str
+    index: int  # of the sample after the step's last
+    shape: tuple[int, ...]
+    data: bytes
+
+
+class Samples(Message, frozen=True):
+    """Signal that a model made, float32, little-endian, at the model's rate."""
+
+    stream: str
+    index: int  # of the model's first sample here
+    rate_hz: float
+    data: bytes
+
+
+Request = Hello | Open | Chunk | Flush | Close | Ping
+Result = Beat | Alert | Scores | Samples | Gap
+Reply = Welcome | Opened | Ack | Flushed | Closed | Pong | Error | Result
+
+encode = msgspec.msgpack.Encoder().encode
+decode_requests = msgspec.msgpack.Decoder(list[Request]).decode
+decode_replies = msgspec.msgpack.Decoder(list[Reply]).decode
+
+
+def body(messages: list[bytes]) -> bytes:
+    """Join encoded messages to one body: the head of a MessagePack array, then its elements."""
+    count = len(messages)
+    if count < 16:
+        head = bytes([0x90 | count])
+    elif count < 2**16:
+        head = b"\xdc" + count.to_bytes(2, "big")
+    else:
+        head = b"\xdd" + count.to_bytes(4, "big")
+    return head + b"".join(messages)

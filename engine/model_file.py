@@ -1,0 +1,360 @@
+"""What a model states about itself, read and checked before it serves anyone.
+
+A model made here is one ``.onnx`` file with this statement as JSON under the metadata key
+``murmur``. A foreign model is a small TOML file that says the same and names its ONNX files.
+Rates, hops, labels and shapes stand nowhere else. ``docs/model-file.md`` explains each field.
+"""
+
+import hashlib
+import importlib.util
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
+import onnxruntime as ort
+from msgspec import Meta
+
+from engine.errors import ModelFileError
+from engine.features import Recipe
+
+FORMAT = 1
+METADATA_KEY = "murmur"
+BUNDLED = Path(__file__).parent / "models"
+
+Count = Annotated[int, Meta(ge=1)]
+Positive = Annotated[float, Meta(gt=0)]
+
+
+class _Statement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A part of the statement: immutable, and an unknown key is an error that names it."""
+
+
+class Filter(_Statement, frozen=True):
+    """One Butterworth filter at the model's rate, applied before the windows are cut."""
+
+    kind: Literal["highpass", "lowpass", "bandpass", "notch"]
+    hz: tuple[Positive, ...]  # one corner; two for bandpass; notch: centre, then width
+    order: Count = 2
+
+
+class Input(_Statement, frozen=True):
+    """The signal that the model expects."""
+
+    rate_hz: Positive
+    unit: str  # UCUM: "mV" for an electrocardiogram, "1" for audio in [-1, 1]
+    channels: Count = 1
+    filters: tuple[Filter, ...] = ()
+
+
+class State(_Statement, frozen=True):
+    """One tensor that is carried from step to step, one row a stream."""
+
+    input: str
+    output: str
+    shape: tuple[Count, ...]  # of one row: the graph's shape without its batch axis
+    batch_axis: Annotated[int, Meta(ge=0)] = 0
+    initial: float = 0.0
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+class Stage(_Statement, frozen=True):
+    """One ONNX graph. Most models have one; DTLN has two with a spectrum between."""
+
+    input: str
+    input_shape: tuple[Count, ...]  # of one row, without the batch axis, which comes first
+    file: str = ""  # beside the TOML file, or "package:path"; empty: the file that states this
+    features: Recipe = "raw"
+    states: tuple[State, ...] = ()
+    constants: dict[str, int | float] = {}  # further inputs, the same at every step
+    passes: str = ""  # output that the next stage reads; the last stage passes nothing
+    passes_as: Literal["samples", "mask"] = "samples"
+
+
+class Output(_Statement, frozen=True):
+    """One output of the last stage, and what it means."""
+
+    name: str
+    meaning: Literal["beat", "beat_class", "scores", "samples"]
+    labels: tuple[str, ...] = ()  # of the last axis
+
+
+class ModelSpec(_Statement, frozen=True):
+    """All that the engine must know about a model."""
+
+    format: int
+    name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
+    pipeline: Literal["heart", "scores", "audio"]  # the wing that reads the outputs
+    input: Input
+    hop_samples: Count  # new samples a step
+    window_samples: Count  # samples that a step sees, the new ones last
+    stages: Annotated[tuple[Stage, ...], Meta(min_length=1)]
+    outputs: Annotated[tuple[Output, ...], Meta(min_length=1)]
+    licence: str
+    provenance: str  # data, seed and command of the training, or where a foreign model is from
+    look_ahead_samples: Annotated[int, Meta(ge=0)] = 0  # an event lies this far before its step
+    gap: Literal["hold", "reset"] = "reset"  # the state after lost samples
+    latency_ms: Positive = 100.0  # default budget from a chunk's arrival to its events
+    priority: Annotated[int, Meta(ge=0, le=9)] = 5  # under overload, lower goes first
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        return tuple(state for stage in self.stages for state in stage.states)
+
+    @property
+    def state_size(self) -> int:
+        """Values of float32 in one row of carried state."""
+        return sum(state.size for state in self.states)
+
+
+class Model(NamedTuple):
+    """A statement, and one ONNX Runtime session for each of its stages."""
+
+    spec: ModelSpec
+    sessions: tuple[ort.InferenceSession, ...]
+    sha256: str  # of the file, and for a foreign model of its ONNX files too
+    batchable: bool  # False: some graph fixes the batch axis at 1
+
+
+def encode_spec(spec: ModelSpec) -> str:
+    """Return the JSON that an exporter writes under the metadata key ``murmur``."""
+    return msgspec.json.encode(spec).decode()
+
+
+def bundled_files() -> list[Path]:
+    """Return the model files that come with the package."""
+    return sorted([*BUNDLED.glob("*.onnx"), *BUNDLED.glob("*.toml")])
+
+
+def load(path: Path | str, provider: str = "cpu") -> Model:
+    """Read a model file, open its graphs and check that the two agree.
+
+    Parameters
+    ----------
+    path : Path or str
+        An ``.onnx`` file with its statement inside, a ``.toml`` file, or the name of a
+        model that comes with the package.
+    provider : {"cpu", "cuda"}
+
+    Raises
+    ------
+    ModelFileError
+        At the first fault; the message names the file, what was expected and what was found.
+    """
+    path = find(path)
+    try:
+        return (
+            _load_statement(path, provider)
+            if path.suffix == ".toml"
+            else _load_onnx(path, provider)
+        )
+    except ModelFileError as error:
+        raise ModelFileError(f"{path}: {error}") from None
+
+
+def find(name: Path | str) -> Path:
+    """Return the file of that path, or of that bundled model's name."""
+    path = Path(name)
+    candidates = [path, *(BUNDLED / f"{name}{suffix}" for suffix in (".onnx", ".toml"))]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    known = ", ".join(file.stem for file in bundled_files())
+    raise ModelFileError(f"{name}: expected a .onnx or .toml file, or one of: {known}")
+
+
+def open_session(graph: bytes, provider: str = "cpu") -> ort.InferenceSession:
+    """Open one ONNX graph the way the engine runs it.
+
+    Notes
+    -----
+    One intra-op thread: the engine splits batches over cores itself, which beats ONNX
+    Runtime's own split for GRU, and keeps rows bit-identical in any batch. Denormal states are
+    160-205 times slower; the option that flushes them works only on the first session of a
+    process, so every session sets it.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    providers = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider"]}
+    if provider not in providers:
+        raise ModelFileError(f"provider: expected cpu or cuda, found {provider!r}")
+    wanted = providers[provider]
+    if wanted[0] not in ort.get_available_providers():
+        raise ModelFileError(
+            f"provider {provider}: this onnxruntime offers {ort.get_available_providers()}; "
+            "install the extra 'gpu' instead of 'cpu'"
+        )
+    try:
+        return ort.InferenceSession(graph, options, providers=wanted)
+    except Exception as error:  # noqa: BLE001 - onnxruntime raises a class for each status
+        first_line = str(error).splitlines()[0]
+        raise ModelFileError(f"expected an ONNX model, found: {first_line}") from None
+
+
+def _load_onnx(path: Path, provider: str) -> Model:
+    graph = path.read_bytes()
+    session = open_session(graph, provider)
+    metadata = session.get_modelmeta().custom_metadata_map
+    if METADATA_KEY not in metadata:
+        raise ModelFileError(
+            f"expected metadata key {METADATA_KEY!r}, found {sorted(metadata)}; "
+            "write a TOML file beside a foreign model (docs/model-file.md)"
+        )
+    spec = _decode(metadata[METADATA_KEY].encode(), msgspec.json.decode)
+    return _checked(spec, (session,), hashlib.sha256(graph).hexdigest())
+
+
+def _load_statement(path: Path, provider: str) -> Model:
+    text = path.read_bytes()
+    digest = hashlib.sha256(text)
+    spec = _decode(text, msgspec.toml.decode)
+    sessions = []
+    for stage in spec.stages:
+        if not stage.file:
+            raise ModelFileError("stages: each stage of a TOML file needs the key 'file'")
+        graph_path = _resolve(stage.file, path.parent)
+        if not graph_path.is_file():
+            raise ModelFileError(f"stages: expected a file at {graph_path}, found none")
+        graph = graph_path.read_bytes()
+        digest.update(graph)
+        sessions.append(open_session(graph, provider))
+    return _checked(spec, tuple(sessions), digest.hexdigest())
+
+
+def _resolve(file: str, folder: Path) -> Path:
+    """Find ``package:path`` inside an installed package without importing it."""
+    package, colon, inside = file.partition(":")
+    if not colon:
+        return folder / file
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise ModelFileError(f"stages: {file} needs the package {package!r}: pip install it")
+    return Path(found.submodule_search_locations[0]) / inside
+
+
+def _decode(data: bytes, decode: Any) -> ModelSpec:
+    try:
+        raw = decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ModelFileError(f"the statement cannot be read: {error}") from None
+    found = raw.get("format") if isinstance(raw, dict) else None
+    if found != FORMAT:
+        raise ModelFileError(f"format: expected {FORMAT}, found {found!r}")
+    try:
+        return msgspec.convert(raw, ModelSpec)
+    except msgspec.ValidationError as error:
+        raise ModelFileError(str(error)) from None
+
+
+def _checked(spec: ModelSpec, sessions: tuple[ort.InferenceSession, ...], sha256: str) -> Model:
+    _check_statement(spec)
+    batchable = all(
+        _check_graph(stage, session) for stage, session in zip(spec.stages, sessions, strict=True)
+    )
+    _check_outputs(spec, sessions)
+    return Model(spec, sessions, sha256, batchable)
+
+
+def _check_statement(spec: ModelSpec) -> None:
+    if spec.window_samples < spec.hop_samples:
+        raise ModelFileError(
+            f"window_samples: expected at least hop_samples ({spec.hop_samples}), "
+            f"found {spec.window_samples}"
+        )
+    nyquist = spec.input.rate_hz / 2
+    for filter_ in spec.input.filters:
+        corners = 2 if filter_.kind in ("bandpass", "notch") else 1
+        if len(filter_.hz) != corners or max(filter_.hz) >= nyquist:
+            raise ModelFileError(
+                f"input.filters: {filter_.kind} expects {corners} frequencies below "
+                f"{nyquist:g} Hz, found {list(filter_.hz)}"
+            )
+    for index, stage in enumerate(spec.stages):
+        last = index == len(spec.stages) - 1
+        if last == bool(stage.passes):
+            raise ModelFileError(
+                f"stages[{index}].passes: expected "
+                + ("nothing in the last stage" if last else "the output that the next stage reads")
+                + f", found {stage.passes!r}"
+            )
+    window = math.prod(_feature_shape(spec))
+    if math.prod(spec.stages[0].input_shape) != window:
+        raise ModelFileError(
+            f"stages[0].input_shape: expected {window} values (the window's features), "
+            f"found {list(spec.stages[0].input_shape)}"
+        )
+    for meaning in {"heart": ("beat", "beat_class"), "audio": ("samples",)}.get(spec.pipeline, ()):
+        if meaning not in [output.meaning for output in spec.outputs]:
+            raise ModelFileError(
+                f"outputs: the pipeline {spec.pipeline!r} expects one that means {meaning!r}"
+            )
+
+
+def _feature_shape(spec: ModelSpec) -> tuple[int, int]:
+    bins = spec.window_samples
+    if spec.stages[0].features == "magnitude":
+        bins = bins // 2 + 1
+    return bins, spec.input.channels
+
+
+def _check_graph(stage: Stage, session: ort.InferenceSession) -> bool:
+    """Compare a stage with its graph; return whether the batch axis is free."""
+    inputs = {node.name: node for node in session.get_inputs()}
+    outputs = {node.name: node for node in session.get_outputs()}
+    stated = [stage.input, *(s.input for s in stage.states), *stage.constants]
+    if sorted(stated) != sorted(inputs):
+        raise ModelFileError(
+            f"inputs: the graph has {sorted(inputs)}, the statement names {sorted(stated)}"
+        )
+    wanted = [s.output for s in stage.states] + ([stage.passes] if stage.passes else [])
+    missing = [name for name in wanted if name not in outputs]
+    if missing:
+        raise ModelFileError(f"outputs: expected {missing}, the graph has {sorted(outputs)}")
+    batchable = _check_tensor(inputs[stage.input], stage.input_shape, 0)
+    for state in stage.states:
+        if state.batch_axis > len(state.shape):
+            raise ModelFileError(
+                f"state {state.input}: batch_axis {state.batch_axis} of a row {list(state.shape)}"
+            )
+        free_in = _check_tensor(inputs[state.input], state.shape, state.batch_axis)
+        free_out = _check_tensor(outputs[state.output], state.shape, state.batch_axis)
+        batchable = batchable and free_in and free_out
+    return batchable
+
+
+def _check_tensor(node: Any, row: tuple[int, ...], batch_axis: int) -> bool:
+    """Compare a float32 tensor of the graph with a row's shape; return if its batch is free."""
+    if node.type != "tensor(float)":
+        raise ModelFileError(f"{node.name}: expected tensor(float), found {node.type}")
+    expected = [*row[:batch_axis], "batch", *row[batch_axis:]]
+    if not node.shape:  # some exporters leave an output's shape unsaid; the first step tells
+        return True
+    same = len(node.shape) == len(expected) and all(
+        not isinstance(found, int) or axis == batch_axis or found == wanted
+        for axis, (found, wanted) in enumerate(zip(node.shape, expected, strict=False))
+    )
+    batch = node.shape[batch_axis] if same else None
+    if not same or (isinstance(batch, int) and batch != 1):
+        raise ModelFileError(f"{node.name}: expected shape {expected}, found {node.shape}")
+    return not isinstance(batch, int)
+
+
+def _check_outputs(spec: ModelSpec, sessions: tuple[ort.InferenceSession, ...]) -> None:
+    found = {node.name: node.shape for node in sessions[-1].get_outputs()}
+    for output in spec.outputs:
+        if output.name not in found:
+            raise ModelFileError(
+                f"outputs: expected {output.name!r}, the graph has {sorted(found)}"
+            )
+        last = found[output.name][-1] if found[output.name] else None
+        if output.labels and isinstance(last, int) and last != len(output.labels):
+            raise ModelFileError(
+                f"output {output.name}: expected {len(output.labels)} values for its labels, "
+                f"found {last}"
+            )

@@ -1,0 +1,260 @@
+"""One step of a model for many streams: gather their state rows, run, scatter them back.
+
+Each model has one arena, ``(slots, values)`` float32, a packed row a stream. A batch is cut into
+micro-batches, because larger ones leave the cache, and these are spread over the cores with one
+thread each. A row's result does not depend on its neighbours, bit for bit on CPU: where a graph
+breaks that, which the warm-up finds out by running it, rows are stepped in a way that keeps it.
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from engine import features
+from engine.model_file import Model, Stage, State
+
+log = logging.getLogger(__name__)
+
+Array = NDArray[Any]
+Outputs = dict[str, NDArray[np.float32]]
+
+# Rows of one ONNX Runtime call on CPU. Gains saturate at 16-32 rows and larger calls lose it
+# again as the activations leave the L2 cache (benchmarks/results, `murmur bench step`).
+MICRO_BATCH = 32
+_WARM_UP_RUNS = 3
+
+
+class Runtime(Protocol):
+    """What a lane needs of a device; :class:`CpuRuntime` and :class:`engine.device.DeviceRuntime`.
+
+    Attributes
+    ----------
+    max_rows : int
+        Rows that one step takes at the most.
+    """
+
+    max_rows: int
+
+    def reset(self, slot: int) -> None: ...
+    def step(self, slots: NDArray[np.intp], windows: NDArray[np.float32]) -> Outputs: ...
+    def step_seconds(self, rows: int) -> float: ...
+    def take(self, slot: int) -> NDArray[np.float32]: ...
+    def put(self, slot: int, row: NDArray[np.float32]) -> None: ...
+
+
+class CpuRuntime:
+    """A model on the CPU.
+
+    Parameters
+    ----------
+    model : Model
+    num_slots : int
+    threads : int
+        Cores to use; batches above one micro-batch are spread over them.
+    """
+
+    def __init__(self, model: Model, num_slots: int, threads: int = 1) -> None:
+        self.model = model
+        self.initial = initial_row(model.spec.states)
+        self.arena = np.empty((num_slots, len(self.initial)), np.float32)
+        # Threads inherit the flush-to-zero flag that the first session set in this one.
+        self._threads = threads
+        self._workers = ThreadPoolExecutor(threads) if threads > 1 else None
+        self.single = not model.batchable
+        self._pad_to = 1
+        if model.batchable:
+            self._keep_rows_apart()
+        self.micro_batch = 1 if self.single else MICRO_BATCH
+        self.max_rows = MICRO_BATCH * threads
+        self._seconds = self._warm_up()
+
+    def reset(self, slot: int) -> None:
+        """Give a row its model's initial state."""
+        self.arena[slot] = self.initial
+
+    def take(self, slot: int) -> NDArray[np.float32]:
+        """Return a copy of a row, to be put back here or elsewhere."""
+        row: NDArray[np.float32] = self.arena[slot].copy()
+        return row
+
+    def put(self, slot: int, row: NDArray[np.float32]) -> None:
+        self.arena[slot] = row
+
+    def step(self, slots: NDArray[np.intp], windows: NDArray[np.float32]) -> Outputs:
+        """Advance some rows by one hop; the others do not change.
+
+        Parameters
+        ----------
+        slots : (rows,) intp
+            Distinct rows, at most ``max_rows``.
+        windows : (rows, window, channels) float32
+
+        Returns
+        -------
+        dict of the stated outputs, each (rows, ...) float32
+        """
+        parts = list(self._micro_batches(len(slots)))
+        if len(parts) == 1 or self._workers is None:
+            done = [self._step_part(slots[part], windows[part]) for part in parts]
+        else:
+            done = list(
+                self._workers.map(lambda part: self._step_part(slots[part], windows[part]), parts)
+            )
+        if len(done) == 1:
+            return done[0]
+        return {name: np.concatenate([part[name] for part in done]) for name in done[0]}
+
+    def step_seconds(self, rows: int) -> float:
+        """Return the time that a step of so many rows took in the warm-up."""
+        parts = [len(range(part.start, part.stop)) for part in self._micro_batches(rows)]
+        rounds = -(-len(parts) // self._threads)
+        return rounds * next(s for size, s in self._seconds.items() if size >= max(parts))
+
+    def _micro_batches(self, rows: int) -> Iterator[slice]:
+        # Equal parts, a multiple of the threads once there is work for all of them.
+        count = -(-rows // self.micro_batch)
+        if rows >= MICRO_BATCH // 2:
+            count = -(-count // self._threads) * self._threads
+        size = -(-rows // count)
+        for start in range(0, rows, size):
+            yield slice(start, min(start + size, rows))
+
+    def _step_part(self, slots: NDArray[np.intp], windows: NDArray[np.float32]) -> Outputs:
+        rows = self.arena[slots]
+        outputs = self._run(rows, windows)
+        self.arena[slots] = rows
+        return outputs
+
+    def _run(self, rows: NDArray[np.float32], windows: NDArray[np.float32]) -> Outputs:
+        """Run all stages on gathered rows and leave the new state in them."""
+        wanted = len(rows)
+        if wanted < self._pad_to:
+            spare = self._pad_to - wanted
+            windows = np.concatenate([windows, np.repeat(windows[:1], spare, axis=0)])
+            padded = np.concatenate([rows, np.repeat(rows[:1], spare, axis=0)])
+            outputs = self._run(padded, windows)
+            rows[:] = padded[:wanted]
+            return {name: value[:wanted] for name, value in outputs.items()}
+        return run_stages(self.model, rows, windows)
+
+    def _warm_up(self) -> dict[int, float]:
+        """Run each bucket size, and return the seconds that it took: the best of a few."""
+        seconds = {}
+        size = 1
+        rng = np.random.default_rng(0)
+        while size <= self.micro_batch:
+            rows, windows = random_rows(self.model, size, rng)
+            seconds[size] = min(self._time(rows, windows) for _ in range(_WARM_UP_RUNS))
+            size *= 2
+        return seconds
+
+    def _time(self, rows: NDArray[np.float32], windows: NDArray[np.float32]) -> float:
+        start = time.perf_counter()
+        self._run(rows.copy(), windows)
+        return time.perf_counter() - start
+
+    def _keep_rows_apart(self) -> None:
+        """Find out how rows must be batched so that neighbours do not change their bits.
+
+        ONNX Runtime multiplies a single row by another kernel than several, which rounds
+        differently (vanilla RNN); such rows are padded to two. Graphs with a scale over the
+        batch, as dynamic quantisation makes them, are stepped row by row.
+        """
+        if not self._same_in_any_batch((2, 3, MICRO_BATCH)):
+            self.single = True
+            log.warning("%s: rows change each other; stepped one by one", self.model.spec.name)
+        elif not self._same_in_any_batch((1, 2)):
+            self._pad_to = 2
+
+    def _same_in_any_batch(self, sizes: tuple[int, ...]) -> bool:
+        rng = np.random.default_rng(1)
+        rows, windows = random_rows(self.model, max(sizes), rng)
+        windows[1:] *= 30.0  # loud neighbours
+        results = []
+        for size in sizes:
+            state = rows[:size].copy()
+            outputs = run_stages(self.model, state, windows[:size])
+            results.append([state[0], *(value[0] for value in outputs.values())])
+        return all(
+            np.array_equal(one, other)
+            for result in results[1:]
+            for one, other in zip(results[0], result, strict=True)
+        )
+
+
+def initial_row(states: tuple[State, ...]) -> NDArray[np.float32]:
+    """Return a new stream's packed state, (values,) float32."""
+    parts = [np.full(state.size, state.initial, np.float32) for state in states]
+    return np.concatenate([np.empty(0, np.float32), *parts])
+
+
+def random_rows(
+    model: Model, count: int, rng: np.random.Generator
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return (count, values) of state and (count, window, channels) of signal, all distinct."""
+    spec = model.spec
+    rows = rng.uniform(-0.9, 0.9, (count, spec.state_size)).astype(np.float32)
+    shape = (count, spec.window_samples, spec.input.channels)
+    return rows, rng.standard_normal(shape).astype(np.float32)
+
+
+def run_stages(model: Model, rows: NDArray[np.float32], windows: NDArray[np.float32]) -> Outputs:
+    """Run a model's graphs one after the other, on state rows that are changed in place.
+
+    Parameters
+    ----------
+    model : Model
+    rows : (rows, values) float32
+        Packed state, in the order in which the statement lists it.
+    windows : (rows, window, channels) float32
+
+    Returns
+    -------
+    dict of the stated outputs
+    """
+    offset = 0
+    outputs: dict[str, Array] = {}
+    for stage, session in zip(model.spec.stages, model.sessions, strict=True):
+        end = offset + sum(state.size for state in stage.states)
+        wanted = [o.name for o in model.spec.outputs] if not stage.passes else [stage.passes]
+        outputs = _run_stage(stage, session, rows[:, offset:end], windows, wanted)
+        if stage.passes_as == "mask":
+            mask = outputs[stage.passes].reshape(len(windows), -1, windows.shape[2])
+            windows = features.apply_mask(windows, mask)
+        elif stage.passes:
+            windows = outputs[stage.passes].reshape(len(windows), -1, windows.shape[2])
+        offset = end
+    return outputs
+
+
+def _run_stage(
+    stage: Stage,
+    session: ort.InferenceSession,
+    rows: NDArray[np.float32],
+    windows: NDArray[np.float32],
+    wanted: list[str],
+) -> dict[str, Array]:
+    count = len(windows)
+    tensor = features.extract(stage.features, windows).reshape(count, *stage.input_shape)
+    feed: dict[str, Array] = {stage.input: tensor}
+    for name, value in stage.constants.items():
+        feed[name] = np.asarray(value, np.int64 if isinstance(value, int) else np.float32)
+    column = 0
+    for state in stage.states:
+        part = rows[:, column : column + state.size].reshape(count, *state.shape)
+        feed[state.input] = np.ascontiguousarray(np.moveaxis(part, 0, state.batch_axis))
+        column += state.size
+    names = wanted + [state.output for state in stage.states]
+    results = dict(zip(names, session.run(names, feed), strict=True))
+    column = 0
+    for state in stage.states:
+        part = np.moveaxis(results[state.output], state.batch_axis, 0)
+        rows[:, column : column + state.size] = part.reshape(count, state.size)
+        column += state.size
+    return {name: results[name] for name in wanted}

@@ -1,0 +1,176 @@
+"""The sockets of the engine, and the process around it. No other file of the server has any.
+
+ROUTER for clients, PUB for subscribers. The loop is: take what has come, let the engine run one
+batch, send what came of it, and wait for the next arrival or for the time that the engine named.
+"""
+
+import logging
+import math
+import signal
+import socket
+import time
+from typing import NamedTuple
+
+import zmq
+
+from engine import metrics, model_file
+from engine.config import Config
+from engine.loop import Engine
+from engine.model_file import Model
+from engine.runtime import CpuRuntime, Runtime
+
+log = logging.getLogger(__name__)
+
+# Messages taken before the engine gets its turn: some 5 ms of receiving.
+_DRAIN = 512
+_TICK_S = 1.0
+# libzmq hangs up on a peer that announces more than this, before it takes memory for it. Up to
+# here the engine answers with its own, lower limit.
+_HARD_MAX_BYTES = 16 * 2**20
+
+
+class Endpoints(NamedTuple):
+    """Where a server is to be found."""
+
+    bind: str
+    publish: str
+    metrics: str  # empty: nowhere
+
+
+class Server:
+    """An engine behind its sockets.
+
+    Parameters
+    ----------
+    config : Config
+
+    Raises
+    ------
+    ModelFileError, zmq.ZMQError
+        If a model cannot be served, or an address cannot be bound.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        served = [
+            (model, runtime(model, config))
+            for model in (model_file.load(name, config.provider) for name in config.models)
+        ]
+        self.metrics = metrics.Metrics()
+        self.engine = Engine(served, config.limits, self.metrics)
+        self.model_names = [model.spec.name for model, _ in served]
+        self._stopping = False
+        self._context = zmq.Context()
+        self._clients = self._context.socket(zmq.ROUTER)
+        self._subscribers = self._context.socket(zmq.PUB)
+        limits = config.limits
+        for one in (self._clients, self._subscribers):
+            one.setsockopt(zmq.LINGER, 1000)
+            one.setsockopt(zmq.SNDHWM, limits.max_queued_messages)
+            one.setsockopt(zmq.MAXMSGSIZE, _HARD_MAX_BYTES)
+            # TCP says nothing of a host that vanished; ZeroMQ's own heartbeat does.
+            one.setsockopt(zmq.HEARTBEAT_IVL, 5_000)
+            one.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15_000)
+        # A peer that is gone or does not read is an error to see, not a message to lose.
+        self._clients.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._clients.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self.endpoints = Endpoints(
+            _bind(self._clients, config.bind),
+            _bind(self._subscribers, config.publish),
+            metrics.serve(self.metrics, config.metrics) if config.metrics else "",
+        )
+
+    def stop(self) -> None:
+        """Finish what has arrived, then let :meth:`run` return."""
+        self._stopping = True
+
+    def run(self) -> None:
+        """Serve until :meth:`stop`, SIGTERM or SIGINT."""
+        waker, woken = socket.socketpair()
+        waker.setblocking(False)
+        signal.set_wakeup_fd(waker.fileno())  # ends a poll at once when a signal comes
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self.stop())
+        poller = zmq.Poller()
+        poller.register(self._clients, zmq.POLLIN)
+        poller.register(woken, zmq.POLLIN)
+        try:
+            self._loop(poller)
+        finally:
+            signal.set_wakeup_fd(-1)
+            waker.close()
+            woken.close()
+            self._close()
+
+    def _loop(self, poller: zmq.Poller) -> None:
+        next_tick = time.monotonic() + _TICK_S
+        give_up = math.inf
+        while True:
+            received = self._receive()
+            now = time.monotonic()
+            wake = self.engine.turn(now)
+            if now >= next_tick:
+                self.engine.tick(now)
+                next_tick = now + _TICK_S
+            if self._stopping:
+                give_up = min(give_up, now + self.config.limits.drain_s)
+                if self.engine.drain() or now > give_up:
+                    self._send()
+                    return
+            self._send()
+            until = next_tick if wake is None else min(next_tick, wake)
+            left_s = until - time.monotonic()
+            if not received and left_s > 0 and not self._stopping:
+                poller.poll(math.ceil(left_s * 1000))
+
+    def _receive(self) -> int:
+        """Hand what has come to the engine; return how many messages."""
+        for count in range(_DRAIN):
+            try:
+                peer, *frames = self._clients.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return count
+            body = frames[0] if len(frames) == 1 else b""  # the engine refuses the empty one
+            self.engine.receive(peer, body, time.monotonic())
+        return _DRAIN
+
+    def _send(self) -> None:
+        for topic, body in self.engine.published:
+            self._subscribers.send_multipart((topic, body))
+        self.engine.published.clear()
+        lost: list[tuple[bytes, str]] = []
+        for peer_id in self.engine.waiting():
+            body = self.engine.take(peer_id)
+            try:
+                self._clients.send_multipart((peer_id, body), zmq.NOBLOCK)
+            except zmq.Again:
+                lost.append((peer_id, "slow_reader"))
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EHOSTUNREACH:
+                    raise
+                lost.append((peer_id, "gone"))
+        for peer_id, reason in lost:
+            log.warning("peer %s given up: %s", peer_id.hex(), reason)
+            self.engine.drop(peer_id, reason)
+
+    def _close(self) -> None:
+        self._clients.close()
+        self._subscribers.close()
+        self._context.term()
+
+
+def runtime(model: Model, config: Config) -> Runtime:
+    """Return the runtime of the configured provider for a model."""
+    if config.provider == "cuda":
+        from engine.device import DeviceRuntime  # needs the extra 'gpu'
+
+        return DeviceRuntime(model, config.limits.max_streams, device="cuda")
+    return CpuRuntime(model, config.limits.max_streams, config.num_threads)
+
+
+def _bind(one: zmq.Socket[bytes], address: str) -> str:
+    try:
+        one.bind(address)
+    except zmq.ZMQError as error:
+        raise zmq.ZMQError(error.errno, f"cannot bind {address}: {error}") from None
+    return one.getsockopt_string(zmq.LAST_ENDPOINT)

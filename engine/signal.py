@@ -1,0 +1,188 @@
+"""From what a sensor sends to what a model reads: units, rate, filters, overlap.
+
+:class:`Resampler` belongs to one stream and works as its chunks arrive. :class:`Front` holds the
+filters and the overlap of all streams of a model in arrays, one row a stream, because there one
+call over many rows is what makes it fast. Both give the same output for any split of a stream
+into chunks, bit for bit, and both keep all that they carry in plain arrays.
+
+No gaps, clocks or sequence numbers here: see :mod:`engine.session`.
+"""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import signal
+
+from engine.model_file import Filter, ModelSpec
+
+# Metric prefixes of UCUM that sensors use; a unit is one of these and a symbol that follows.
+_PREFIXES = {"n": 1e-9, "u": 1e-6, "m": 1e-3, "": 1.0, "k": 1e3}
+
+# Side lobes of the resampler's kernel: 10 zero crossings a side and beta 5, as
+# scipy.signal.resample_poly; the delay is 10 samples of the lower of the two rates.
+_ZERO_CROSSINGS = 10
+_KAISER_BETA = 5.0
+
+
+def unit_factor(given: str, wanted: str) -> float:
+    """Return what turns values in one unit into another that differs by a metric prefix.
+
+    Raises
+    ------
+    ValueError
+        If the two do not measure the same thing, such as ``kPa`` and ``mV``.
+    """
+    for prefix, scale in _PREFIXES.items():
+        for wanted_prefix, wanted_scale in _PREFIXES.items():
+            symbol = wanted.removeprefix(wanted_prefix)
+            if symbol and wanted == wanted_prefix + symbol and given == prefix + symbol:
+                return scale / wanted_scale
+    raise ValueError(f"unit: expected {wanted} or a multiple of it, found {given!r}")
+
+
+class Resampler:
+    """Change a stream's rate by a rational factor, chunk by chunk.
+
+    A polyphase FIR: output *n* is a fixed sum over the inputs around time ``n / rate_out``, so
+    the time axis is kept and any split into chunks gives the same bits.
+
+    Parameters
+    ----------
+    rate_in, rate_out : float
+        Samples per second. The ratio is taken as the nearest fraction of integers to 1000.
+    channels : int
+
+    Notes
+    -----
+    soxr was measured for this and not taken: its block transform holds 0.5 to 7 s of signal
+    back at the rates of body sensors, and its state cannot be taken out (docs/decisions.md).
+    """
+
+    def __init__(self, rate_in: float, rate_out: float, channels: int) -> None:
+        ratio = Fraction(rate_out / rate_in).limit_denominator(1000)
+        if not ratio:
+            raise ValueError(f"rate: expected at least {rate_out / 1000:g} Hz, found {rate_in:g}")
+        self.up, self.down = ratio.numerator, ratio.denominator
+        self._kernel, self._half = _kernel(self.up, self.down)
+        self._reach = -(-self._half // self.up)  # inputs that an output needs on each side
+        # Kept inputs start at a multiple of `down`, so that output times fall on upfirdn's grid.
+        self._first = -self.down * -(-self._reach // self.down)
+        self._kept = np.zeros((-self._first, channels), np.float32)
+        self._produced = 0
+
+    def push(self, chunk: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Take (samples, channels), return every output sample that is now complete."""
+        self._kept = np.concatenate([self._kept, chunk])
+        received = self._first + len(self._kept)
+        # Output n needs inputs up to n * down / up + reach.
+        end = max(self._produced, ((received - self._reach) * self.up - 1) // self.down + 1)
+        if end <= self._produced:
+            return np.empty((0, chunk.shape[1]), np.float32)
+        filtered = signal.upfirdn(self._kernel, self._kept, self.up, self.down, axis=0)
+        origin = self._half // self.down - self._first * self.up // self.down
+        out: NDArray[np.float32] = filtered[self._produced + origin : end + origin]
+        self._produced = end
+        self._forget()
+        return out
+
+    def flush(self) -> NDArray[np.float32]:
+        """Force the tail out: the outputs that wait for inputs which will not come."""
+        return self.push(np.zeros((self._reach, self._kept.shape[1]), np.float32))
+
+    def _forget(self) -> None:
+        oldest = self._produced * self.down // self.up - self._reach
+        steps = (oldest - self._first) // self.down
+        if steps > 0:
+            self._kept = self._kept[steps * self.down :].copy()
+            self._first += steps * self.down
+
+
+@lru_cache(maxsize=64)
+def _kernel(up: int, down: int) -> tuple[NDArray[np.float32], int]:
+    """Return the low-pass kernel and its centre, padded so that the centre is on the grid."""
+    widest = max(up, down)
+    half = _ZERO_CROSSINGS * widest
+    taps = up * signal.firwin(2 * half + 1, 1 / widest, window=("kaiser", _KAISER_BETA))
+    padding = -half % down
+    return np.concatenate([np.zeros(padding), taps]).astype(np.float32), half + padding
+
+
+class Front:
+    """Filters and overlap of all streams of one model: new samples in, windows out.
+
+    Parameters
+    ----------
+    spec : ModelSpec
+    num_slots : int
+        Rows of carried state. A row must be :meth:`reset` before its first use.
+    """
+
+    def __init__(self, spec: ModelSpec, num_slots: int) -> None:
+        channels = spec.input.channels
+        self.sos = design(spec.input.filters, spec.input.rate_hz)
+        # Memory of a filter at rest on a value of 1; (sections, 2).
+        self._at_rest = signal.sosfilt_zi(self.sos) if len(self.sos) else np.zeros((0, 2))
+        # Filter memory: (slots, sections, 2, channels); sosfilt wants the sections first.
+        self.memory = np.zeros((num_slots, len(self.sos), 2, channels))
+        self.fresh = np.ones(num_slots, bool)
+        overlap = spec.window_samples - spec.hop_samples
+        self.overlap = np.zeros((num_slots, overlap, channels), np.float32)
+
+    def reset(self, slot: int) -> None:
+        """Make a row as new: silence before the first sample."""
+        self.fresh[slot] = True
+        self.overlap[slot] = 0.0
+
+    def push(self, slots: NDArray[np.intp], samples: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Filter one hop of each row and put it behind what the row has kept.
+
+        Parameters
+        ----------
+        slots : (rows,) intp
+        samples : (rows, hop, channels) float32
+
+        Returns
+        -------
+        (rows, window, channels) float32
+        """
+        if len(self.sos):
+            samples = self._filter(slots, samples)
+        if not self.overlap.shape[1]:
+            return samples
+        windows = np.concatenate([self.overlap[slots], samples], axis=1)
+        self.overlap[slots] = windows[:, samples.shape[1] :]
+        return windows
+
+    def _filter(self, slots: NDArray[np.intp], samples: NDArray[np.float32]) -> NDArray[np.float32]:
+        memory = self.memory[slots]
+        fresh = self.fresh[slots]
+        if fresh.any():
+            # Start as if the first value had lasted for ever: an electrode's offset is no step.
+            first = samples[fresh, 0].astype(np.float64)
+            memory[fresh] = self._at_rest[:, :, None] * first[:, None, None, :]
+            self.fresh[slots] = False
+        # float64: a high-pass of 0.5 Hz at 360 Hz loses its poles in float32.
+        filtered, memory = signal.sosfilt(
+            self.sos, samples.astype(np.float64), axis=1, zi=memory.transpose(1, 0, 2, 3)
+        )
+        self.memory[slots] = memory.transpose(1, 0, 2, 3)
+        out: NDArray[np.float32] = filtered.astype(np.float32)
+        return out
+
+
+def design(filters: Sequence[Filter], rate_hz: float) -> NDArray[np.float64]:
+    """Return the filters as second-order sections, (sections, 6); none gives (0, 6)."""
+    sections = [np.empty((0, 6))]
+    for filter_ in filters:
+        if filter_.kind == "notch":
+            centre, width = filter_.hz
+            sections.append(signal.tf2sos(*signal.iirnotch(centre, centre / width, fs=rate_hz)))
+        else:
+            corner = filter_.hz[0] if len(filter_.hz) == 1 else filter_.hz
+            sections.append(
+                signal.butter(filter_.order, corner, filter_.kind, fs=rate_hz, output="sos")
+            )
+    return np.concatenate(sections)

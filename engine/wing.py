@@ -1,0 +1,129 @@
+"""What reads a model's outputs: the contract of a wing, and the two that need no folder.
+
+A wing knows nothing of sockets or batching. It keeps a row of memory for each stream, is given
+the outputs of one step for some rows, and returns the results to be told. :class:`ScoresWing`
+and :class:`AudioWing` serve any model; ``engine/heart`` is a wing of its own.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.messages import Message, Samples, Scores
+from engine.model_file import ModelSpec
+
+Outputs = Mapping[str, NDArray[np.float32]]
+
+
+class Timeline(Protocol):
+    """What a wing may know of a stream: its name and its time axis."""
+
+    name: str
+    rate_hz: float
+
+    def index_at(self, position: int) -> int:
+        """Return the client's sample index of the model's sample at a position."""
+
+
+class Rows(NamedTuple):
+    """Whose outputs a step's are. Positions count a stream's samples at the model's rate."""
+
+    slots: NDArray[np.intp]
+    start: NDArray[np.int64]  # position of the step's first new sample
+    end: NDArray[np.int64]  # from this position on the samples are a flush's padding
+    streams: Sequence[Timeline]
+
+
+class Wing(Protocol):
+    """A reader of outputs.
+
+    Attributes
+    ----------
+    delay : int
+        Samples of the model's rate by which a result may follow the step that holds its
+        cause; so much is appended at a flush.
+    """
+
+    delay: int
+
+    def reset(self, slot: int) -> None:
+        """Forget all: a new stream, or the same one after a flush."""
+
+    def gap(self, slot: int) -> None:
+        """Forget what lost samples made void, but nothing that only samples may revoke."""
+
+    def push(self, rows: Rows, outputs: Outputs) -> list[tuple[int, Message]]:
+        """Return results as (row, message), those of a row in the order of time."""
+
+
+class ScoresWing:
+    """Each output of each step as it is."""
+
+    def __init__(self, spec: ModelSpec, num_slots: int) -> None:
+        self.delay = spec.look_ahead_samples
+        self._outputs = [output.name for output in spec.outputs]
+        self._reach = spec.hop_samples - spec.look_ahead_samples
+
+    def reset(self, slot: int) -> None:
+        """Nothing is remembered."""
+
+    gap = reset
+
+    def push(self, rows: Rows, outputs: Outputs) -> list[tuple[int, Message]]:
+        """Return one message per row and output."""
+        return [
+            (row, self._scores(rows, row, name, outputs[name][row]))
+            for row in range(len(rows.slots))
+            for name in self._outputs
+        ]
+
+    def _scores(self, rows: Rows, row: int, name: str, values: NDArray[np.float32]) -> Scores:
+        stream = rows.streams[row]
+        index = stream.index_at(int(rows.start[row]) + self._reach)
+        return Scores(stream.name, name, index, values.shape, values.astype("<f4").tobytes())
+
+
+class AudioWing:
+    """Windows of signal that a model made, added where they overlap.
+
+    A sample is complete when the last window that covers it has been added, which is
+    ``look_ahead_samples`` (window less hop) after it came in.
+    """
+
+    def __init__(self, spec: ModelSpec, num_slots: int) -> None:
+        self.delay = spec.look_ahead_samples
+        self._hop = spec.hop_samples
+        self._rate_hz = spec.input.rate_hz
+        self._output = next(o.name for o in spec.outputs if o.meaning == "samples")
+        self.sums = np.zeros((num_slots, spec.window_samples), np.float32)
+        self.first = np.full(num_slots, -1, np.int64)  # position of the first sample; -1: none yet
+
+    def reset(self, slot: int) -> None:
+        self.sums[slot] = 0.0
+        self.first[slot] = -1
+
+    gap = reset
+
+    def push(self, rows: Rows, outputs: Outputs) -> list[tuple[int, Message]]:
+        """Return the samples that each row's step completed."""
+        hop = self._hop
+        sums = self.sums[rows.slots]
+        sums[:, :-hop] = sums[:, hop:]
+        sums[:, -hop:] = 0.0
+        sums += outputs[self._output].reshape(sums.shape)
+        self.sums[rows.slots] = sums
+        begin = rows.start - self.delay
+        first = self.first[rows.slots]
+        first = np.where(first < 0, rows.start, first)
+        self.first[rows.slots] = first
+        told: list[tuple[int, Message]] = []
+        for row, stream in enumerate(rows.streams):
+            skip = max(0, int(first[row] - begin[row]))
+            keep = min(hop, int(rows.end[row] - begin[row]))
+            if skip < keep:
+                index = stream.index_at(int(begin[row]) + skip)
+                data = sums[row, skip:keep].astype("<f4").tobytes()
+                told.append((row, Samples(stream.name, index, self._rate_hz, data)))
+        return told
