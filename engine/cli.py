@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -20,6 +21,8 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="Model files: list and check.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
+bench_app = typer.Typer(help="Measure the engine on this machine.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 
@@ -40,6 +43,9 @@ def serve(
     bind: Annotated[str | None, typer.Option(help="Address for clients.")] = None,
     publish: Annotated[str | None, typer.Option(help="Address for subscribers.")] = None,
     metrics: Annotated[str | None, typer.Option(help="host:port of Prometheus metrics.")] = None,
+    limits: Annotated[
+        list[str] | None, typer.Option("--limit", help="KEY=NUMBER of the section limits.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the addresses as JSON on the first line.")
     ] = False,
@@ -51,7 +57,7 @@ def serve(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     try:
-        chosen = config.read(config_file)
+        chosen = config.read(config_file, limits or ())
         given = {"models": tuple(models or ()), "bind": bind, "publish": publish}
         given |= {"metrics": metrics}
         server = Server(
@@ -123,6 +129,82 @@ def check_model(
             typer.echo(f"{'ok  ' if finding.passed else 'FAIL'} {finding.name}: {finding.detail}")
     if not all(finding.passed for finding in findings):
         raise typer.Exit(1)
+
+
+Model = Annotated[str, typer.Option(help="Model file, or the name of a bundled model.")]
+
+
+@bench_app.command("overhead")
+def bench_overhead(
+    model: Model = "heart",
+    streams: Annotated[int, typer.Option(help="Streams, in chunks of 0.5 s.")] = 256,
+    as_json: Json = False,
+) -> None:
+    """Server CPU per chunk over that of the same ONNX Runtime calls alone."""
+    from engine import bench
+
+    _report(lambda: bench.overhead(model, streams), as_json)
+
+
+@bench_app.command("load")
+def bench_load(
+    model: Model = "heart",
+    streams: Annotated[int, typer.Option(help="Streams, in chunks of 0.5 s.")] = 1000,
+    seconds: Annotated[float, typer.Option(help="How long to measure.")] = 30,
+    as_json: Json = False,
+) -> None:
+    """Chunk-to-event latency of many paced streams, in ms; the figure is the 99th percentile."""
+    from engine import bench
+
+    _report(lambda: bench.load(model, streams, seconds), as_json)
+
+
+@bench_app.command("parity")
+def bench_parity(model: Model = "heart", as_json: Json = False) -> None:
+    """Largest difference: cut against whole, batched against alone, resumed against unbroken."""
+    from engine import bench
+
+    _report(lambda: bench.parity(model), as_json)
+
+
+@bench_app.command("latency")
+def bench_latency(model: Model = "heart", as_json: Json = False) -> None:
+    """One stream on an idle machine: chunk-to-event p50 less the bare step, in ms."""
+    from engine import bench
+
+    _report(lambda: bench.latency(model), as_json)
+
+
+@bench_app.command("memory")
+def bench_memory(
+    model: Model = "heart",
+    streams: Annotated[int, typer.Option(help="Idle streams.")] = 10_000,
+    as_json: Json = False,
+) -> None:
+    """Memory of an idle stream beyond its state, in KiB."""
+    from engine import bench
+
+    _report(lambda: bench.memory(model, streams), as_json)
+
+
+@bench_app.command("step")
+def bench_step(model: Model = "heart", as_json: Json = False) -> None:
+    """CPU time of a plain Python loop over 256 streams over that of the batched step."""
+    from engine import bench
+
+    _report(lambda: bench.step(model), as_json)
+
+
+def _report(measure: Callable[[], dict[str, Any]], as_json: bool) -> None:
+    try:
+        report = measure()
+    except MurmurError as error:
+        _fail(error)
+    if as_json:
+        typer.echo(msgspec.json.encode(report).decode())
+        return
+    for key, value in report.items():
+        typer.echo(f"{key:26} {value:.4g}" if isinstance(value, float) else f"{key:26} {value}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The server's options. ``deploy/engine.toml`` lists each with its default and unit."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,7 +11,7 @@ from msgspec import Meta
 from engine.errors import ConfigError
 
 Count = Annotated[int, Meta(ge=1)]
-Positive = Annotated[float, Meta(gt=0)]
+Positive = Annotated[float, Meta(ge=1e-9)]
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -49,17 +50,25 @@ class Config(_Section, frozen=True):
         return self.threads or len(os.sched_getaffinity(0))
 
 
-def read(path: Path | None) -> Config:
+def read(path: Path | None, limits: Sequence[str] = ()) -> Config:
     """Read a configuration file; None gives the defaults.
+
+    Parameters
+    ----------
+    path : Path or None
+    limits : sequence of str
+        ``key=number``, in place of the file's values in the section ``limits``.
 
     Raises
     ------
     ConfigError
         Naming the file, the key, what was expected and what was found.
     """
-    if path is None:
-        return Config()
     try:
-        return msgspec.toml.decode(path.read_bytes(), type=Config)
+        raw = msgspec.toml.decode(path.read_bytes()) if path else {}
+        if limits:
+            given = msgspec.toml.decode("\n".join(limits).encode())
+            raw["limits"] = raw.get("limits", {}) | given
+        return msgspec.convert(raw, Config)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{path or 'options'}: {error}") from None

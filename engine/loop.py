@@ -36,6 +36,8 @@ WINGS: dict[str, Callable[[ModelSpec, int], Wing]] = {
 }
 # Codes after which a stream cannot go on: its signal is not what was announced.
 _FATAL = frozenset({"bad_length", "not_finite"})
+# Taking a few chunks at a time costs a fraction of taking each by itself (docs/decisions.md).
+_MAX_PATIENCE_S = 0.010
 _PUBLISHED = (
     messages.Beat,
     messages.Alert,
@@ -101,12 +103,19 @@ class Engine:
             wing = WINGS[spec.pipeline](spec, limits.max_streams)
             self._models[spec.name] = model
             self._lanes[spec.name] = Lane(spec, runtime, wing, limits.max_streams, limits.credit_s)
+            metrics.runs.append(runtime.runs)
             terms[spec.name] = Terms(
-                limits.max_streams, runtime.max_rows, spec.priority, runtime.step_seconds
+                limits.max_streams,
+                runtime.max_rows,
+                spec.hop_samples / spec.input.rate_hz,
+                spec.priority,
+                runtime.step_seconds,
             )
         self._scheduler = Scheduler(terms)
         self._streams: dict[str, Stream] = {}
         self._last_chunk: dict[str, float] = {}
+        # Seconds for which arrivals may be left in their socket while rows wait for company.
+        self.patience_s = _MAX_PATIENCE_S
         self._load = 0.0  # part of the capacity that open streams need
 
     # --- in --------------------------------------------------------------------------------
@@ -206,6 +215,7 @@ class Engine:
         slot = lane.open(session)
         self._streams[request.stream] = Stream(session, request.model, slot, peer_id, budget_s)
         self._last_chunk[request.stream] = now
+        self.patience_s = min(self.patience_s, budget_s / 10)
         self._load += self._share(lane)
         peer.streams.add(request.stream)
         self.metrics.streams_open = len(self._streams)

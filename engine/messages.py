@@ -14,7 +14,7 @@ from msgspec import Meta
 VERSION = 1
 NOTICE = "Research and education software, not a medical device."
 
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}$")]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}\Z")]
 Text = Annotated[str, Meta(max_length=256)]
 Index = Annotated[int, Meta(ge=0, le=2**62)]
 Dtype = Literal["f4", "i2"]  # float32 or int16, both little-endian
@@ -39,14 +39,14 @@ class Open(Message, frozen=True):
 
     stream: Name
     model: Text
-    rate_hz: Annotated[float, Meta(gt=0, le=1e6)]
+    rate_hz: Annotated[float, Meta(ge=1e-6, le=1e6)]
     unit: Text
     channels: Annotated[int, Meta(ge=1, le=64)] = 1
     dtype: Dtype = "f4"
     gain: float = 1.0
     offset: float = 0.0
     index: Index = 0  # of the first sample to come
-    latency_ms: Annotated[float, Meta(gt=0, le=60_000)] | None = None  # None: the model's own
+    latency_ms: Annotated[float, Meta(ge=0.01, le=60_000)] | None = None  # None: the model's own
 
 
 class Chunk(Message, frozen=True):

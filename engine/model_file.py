@@ -23,7 +23,8 @@ METADATA_KEY = "murmur"
 BUNDLED = Path(__file__).parent / "models"
 
 Count = Annotated[int, Meta(ge=1)]
-Positive = Annotated[float, Meta(gt=0)]
+# Not gt=0: once ONNX Runtime flushes denormals, 0 is no longer below the least number above it.
+Positive = Annotated[float, Meta(ge=1e-9)]
 
 
 class _Statement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -86,7 +87,7 @@ class ModelSpec(_Statement, frozen=True):
     """All that the engine must know about a model."""
 
     format: int
-    name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
+    name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}\Z")]
     pipeline: Literal["heart", "scores", "audio"]  # the wing that reads the outputs
     input: Input
     hop_samples: Count  # new samples a step
@@ -115,6 +116,7 @@ class Model(NamedTuple):
 
     spec: ModelSpec
     sessions: tuple[ort.InferenceSession, ...]
+    graphs: tuple[bytes, ...]  # the ONNX of each stage
     sha256: str  # of the file, and for a foreign model of its ONNX files too
     batchable: bool  # False: some graph fixes the batch axis at 1
 
@@ -166,7 +168,9 @@ def find(name: Path | str) -> Path:
     raise ModelFileError(f"{name}: expected a .onnx or .toml file, or one of: {known}")
 
 
-def open_session(graph: bytes, provider: str = "cpu") -> ort.InferenceSession:
+def open_session(
+    graph: bytes, provider: str = "cpu", provider_options: dict[str, str] | None = None
+) -> ort.InferenceSession:
     """Open one ONNX graph the way the engine runs it.
 
     Notes
@@ -191,7 +195,9 @@ def open_session(graph: bytes, provider: str = "cpu") -> ort.InferenceSession:
             "install the extra 'gpu' instead of 'cpu'"
         )
     try:
-        return ort.InferenceSession(graph, options, providers=wanted)
+        return ort.InferenceSession(
+            graph, options, providers=wanted, provider_options=[provider_options or {}]
+        )
     except Exception as error:  # noqa: BLE001 - onnxruntime raises a class for each status
         first_line = str(error).splitlines()[0]
         raise ModelFileError(f"expected an ONNX model, found: {first_line}") from None
@@ -207,14 +213,14 @@ def _load_onnx(path: Path, provider: str) -> Model:
             "write a TOML file beside a foreign model (docs/model-file.md)"
         )
     spec = _decode(metadata[METADATA_KEY].encode(), msgspec.json.decode)
-    return _checked(spec, (session,), hashlib.sha256(graph).hexdigest())
+    return _checked(spec, (session,), (graph,), hashlib.sha256(graph).hexdigest())
 
 
 def _load_statement(path: Path, provider: str) -> Model:
     text = path.read_bytes()
     digest = hashlib.sha256(text)
     spec = _decode(text, msgspec.toml.decode)
-    sessions = []
+    sessions, graphs = [], []
     for stage in spec.stages:
         if not stage.file:
             raise ModelFileError("stages: each stage of a TOML file needs the key 'file'")
@@ -223,8 +229,9 @@ def _load_statement(path: Path, provider: str) -> Model:
             raise ModelFileError(f"stages: expected a file at {graph_path}, found none")
         graph = graph_path.read_bytes()
         digest.update(graph)
+        graphs.append(graph)
         sessions.append(open_session(graph, provider))
-    return _checked(spec, tuple(sessions), digest.hexdigest())
+    return _checked(spec, tuple(sessions), tuple(graphs), digest.hexdigest())
 
 
 def _resolve(file: str, folder: Path) -> Path:
@@ -232,7 +239,10 @@ def _resolve(file: str, folder: Path) -> Path:
     package, colon, inside = file.partition(":")
     if not colon:
         return folder / file
-    found = importlib.util.find_spec(package)
+    try:
+        found = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # the package of a part is not there; an empty name
+        found = None
     if found is None or not found.submodule_search_locations:
         raise ModelFileError(f"stages: {file} needs the package {package!r}: pip install it")
     return Path(found.submodule_search_locations[0]) / inside
@@ -252,13 +262,18 @@ def _decode(data: bytes, decode: Any) -> ModelSpec:
         raise ModelFileError(str(error)) from None
 
 
-def _checked(spec: ModelSpec, sessions: tuple[ort.InferenceSession, ...], sha256: str) -> Model:
+def _checked(
+    spec: ModelSpec,
+    sessions: tuple[ort.InferenceSession, ...],
+    graphs: tuple[bytes, ...],
+    sha256: str,
+) -> Model:
     _check_statement(spec)
-    batchable = all(
+    free = [
         _check_graph(stage, session) for stage, session in zip(spec.stages, sessions, strict=True)
-    )
+    ]
     _check_outputs(spec, sessions)
-    return Model(spec, sessions, sha256, batchable)
+    return Model(spec, sessions, graphs, sha256, all(free))
 
 
 def _check_statement(spec: ModelSpec) -> None:
@@ -270,10 +285,11 @@ def _check_statement(spec: ModelSpec) -> None:
     nyquist = spec.input.rate_hz / 2
     for filter_ in spec.input.filters:
         corners = 2 if filter_.kind in ("bandpass", "notch") else 1
-        if len(filter_.hz) != corners or max(filter_.hz) >= nyquist:
+        rising = filter_.kind != "bandpass" or sorted(set(filter_.hz)) == list(filter_.hz)
+        if len(filter_.hz) != corners or not rising or not max(filter_.hz) < nyquist:
             raise ModelFileError(
                 f"input.filters: {filter_.kind} expects {corners} frequencies below "
-                f"{nyquist:g} Hz, found {list(filter_.hz)}"
+                f"{nyquist:g} Hz, the lower first, found {list(filter_.hz)}"
             )
     for index, stage in enumerate(spec.stages):
         last = index == len(spec.stages) - 1
@@ -294,6 +310,12 @@ def _check_statement(spec: ModelSpec) -> None:
             raise ModelFileError(
                 f"outputs: the pipeline {spec.pipeline!r} expects one that means {meaning!r}"
             )
+    overlap = spec.window_samples - spec.hop_samples
+    if spec.pipeline == "audio" and spec.look_ahead_samples != overlap:
+        raise ModelFileError(
+            f"look_ahead_samples: expected window less hop ({overlap}) for the pipeline 'audio', "
+            f"found {spec.look_ahead_samples}"
+        )
 
 
 def _feature_shape(spec: ModelSpec) -> tuple[int, int]:
@@ -312,7 +334,17 @@ def _check_graph(stage: Stage, session: ort.InferenceSession) -> bool:
         raise ModelFileError(
             f"inputs: the graph has {sorted(inputs)}, the statement names {sorted(stated)}"
         )
-    wanted = [s.output for s in stage.states] + ([stage.passes] if stage.passes else [])
+    for name, value in stage.constants.items():
+        expected = "tensor(int64)" if isinstance(value, int) else "tensor(float)"
+        if inputs[name].type != expected or inputs[name].shape:
+            raise ModelFileError(
+                f"constant {name}: expected a scalar {expected}, "
+                f"found {inputs[name].type} {inputs[name].shape}"
+            )
+    next_states = [s.output for s in stage.states]
+    if len(set(next_states)) < len(next_states):
+        raise ModelFileError(f"states: expected an output of its own each, found {next_states}")
+    wanted = next_states + ([stage.passes] if stage.passes else [])
     missing = [name for name in wanted if name not in outputs]
     if missing:
         raise ModelFileError(f"outputs: expected {missing}, the graph has {sorted(outputs)}")
@@ -352,9 +384,23 @@ def _check_outputs(spec: ModelSpec, sessions: tuple[ort.InferenceSession, ...]) 
             raise ModelFileError(
                 f"outputs: expected {output.name!r}, the graph has {sorted(found)}"
             )
-        last = found[output.name][-1] if found[output.name] else None
+        row = found[output.name][1:]  # empty if the graph leaves the shape unsaid
+        last = row[-1] if row else None
+        if output.meaning == "beat_class" and not output.labels:
+            raise ModelFileError(f"output {output.name}: expected labels, found none")
         if output.labels and isinstance(last, int) and last != len(output.labels):
             raise ModelFileError(
                 f"output {output.name}: expected {len(output.labels)} values for its labels, "
                 f"found {last}"
+            )
+        if output.meaning == "beat" and isinstance(last, int) and spec.hop_samples % last:
+            raise ModelFileError(
+                f"output {output.name}: expected frames that divide hop_samples "
+                f"({spec.hop_samples}), found {last}"
+            )
+        known = row and all(isinstance(size, int) for size in row)
+        if output.meaning == "samples" and known and math.prod(row) != spec.window_samples:
+            raise ModelFileError(
+                f"output {output.name}: expected {spec.window_samples} values (the window), "
+                f"found {row}"
             )

@@ -8,6 +8,7 @@ breaks that, which the warm-up finds out by running it, rows are stepped in a wa
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -37,9 +38,12 @@ class Runtime(Protocol):
     ----------
     max_rows : int
         Rows that one step takes at the most.
+    runs : Counter
+        How many calls of the model were made, by their rows.
     """
 
     max_rows: int
+    runs: Counter[int]
 
     def reset(self, slot: int) -> None: ...
     def step(self, slots: NDArray[np.intp], windows: NDArray[np.float32]) -> Outputs: ...
@@ -61,6 +65,7 @@ class CpuRuntime:
 
     def __init__(self, model: Model, num_slots: int, threads: int = 1) -> None:
         self.model = model
+        self.runs: Counter[int] = Counter()
         self.initial = initial_row(model.spec.states)
         self.arena = np.empty((num_slots, len(self.initial)), np.float32)
         # Threads inherit the flush-to-zero flag that the first session set in this one.
@@ -72,7 +77,11 @@ class CpuRuntime:
             self._keep_rows_apart()
         self.micro_batch = 1 if self.single else MICRO_BATCH
         self.max_rows = MICRO_BATCH * threads
-        self._seconds = self._warm_up()
+        seconds = self._warm_up()
+        self._seconds = [
+            0.0,
+            *(self._estimate(rows, seconds) for rows in range(1, self.max_rows + 1)),
+        ]
 
     def reset(self, slot: int) -> None:
         """Give a row its model's initial state."""
@@ -100,7 +109,10 @@ class CpuRuntime:
         dict of the stated outputs, each (rows, ...) float32
         """
         parts = list(self._micro_batches(len(slots)))
-        if len(parts) == 1 or self._workers is None:
+        self.runs.update(part.stop - part.start for part in parts)
+        # A core that takes part must first fetch the weights, which costs as much as some ten
+        # rows (docs/decisions.md); only a full batch says that there is work for all of them.
+        if len(slots) < self.max_rows or self._workers is None:
             done = [self._step_part(slots[part], windows[part]) for part in parts]
         else:
             done = list(
@@ -112,15 +124,16 @@ class CpuRuntime:
 
     def step_seconds(self, rows: int) -> float:
         """Return the time that a step of so many rows took in the warm-up."""
-        parts = [len(range(part.start, part.stop)) for part in self._micro_batches(rows)]
-        rounds = -(-len(parts) // self._threads)
-        return rounds * next(s for size, s in self._seconds.items() if size >= max(parts))
+        return self._seconds[rows]
+
+    def _estimate(self, rows: int, seconds: dict[int, float]) -> float:
+        """Return the time of the micro-batches of a step, from that of the next larger bucket."""
+        sizes = [part.stop - part.start for part in self._micro_batches(rows)]
+        rounds = 1 if rows == self.max_rows else len(sizes)
+        return rounds * next(taken for size, taken in seconds.items() if size >= max(sizes))
 
     def _micro_batches(self, rows: int) -> Iterator[slice]:
-        # Equal parts, a multiple of the threads once there is work for all of them.
         count = -(-rows // self.micro_batch)
-        if rows >= MICRO_BATCH // 2:
-            count = -(-count // self._threads) * self._threads
         size = -(-rows // count)
         for start in range(0, rows, size):
             yield slice(start, min(start + size, rows))
@@ -248,13 +261,17 @@ def _run_stage(
     column = 0
     for state in stage.states:
         part = rows[:, column : column + state.size].reshape(count, *state.shape)
-        feed[state.input] = np.ascontiguousarray(np.moveaxis(part, 0, state.batch_axis))
+        if state.batch_axis:
+            part = np.moveaxis(part, 0, state.batch_axis)
+        feed[state.input] = np.ascontiguousarray(part)
         column += state.size
     names = wanted + [state.output for state in stage.states]
     results = dict(zip(names, session.run(names, feed), strict=True))
     column = 0
     for state in stage.states:
-        part = np.moveaxis(results[state.output], state.batch_axis, 0)
+        part = results[state.output]
+        if state.batch_axis:
+            part = np.moveaxis(part, state.batch_axis, 0)
         rows[:, column : column + state.size] = part.reshape(count, state.size)
         column += state.size
     return {name: results[name] for name in wanted}

@@ -18,14 +18,16 @@ from numpy.typing import NDArray
 _LATE = 0.003
 # Seconds kept between the planned end of a step and the deadline, for routing and sending.
 _MARGIN = 0.005
-_SMOOTHING = 0.2  # weight of the newest value in the running means
+_SMOOTHING = 0.2  # weight of the newest value in the running mean of the slowness
+_SLOWEST = 4.0  # one stall of the machine must not stop all batching
 
 
 class Terms(NamedTuple):
     """What the scheduler must know of a model."""
 
     num_slots: int
-    max_rows: int
+    max_rows: int  # that one step takes
+    hop_s: float  # seconds of signal in a hop
     priority: int  # lower goes first once deadlines are being missed
     step_seconds: Callable[[int], float]  # of a step of so many rows, as measured
 
@@ -53,25 +55,34 @@ class _Lane:
         self.hops = np.zeros(terms.num_slots, np.int64)
         self.is_ready = np.zeros(terms.num_slots, bool)
         self.arrival = np.full(terms.num_slots, -np.inf)
-        self.period = np.full(terms.num_slots, np.inf)
+        # The last three intervals between arrivals: their median is the period, so that one
+        # pause does not change it. Until they are known, a live stream's chunk says it best.
+        self.intervals = np.full((terms.num_slots, 3), np.inf)
+        self.due = np.full(terms.num_slots, -np.inf)  # when the next arrival is overdue
         self.slowness = 1.0  # real step time over measured step time, running mean
-        self._expected = np.full(terms.num_slots, -np.inf)
+        # The plan: wait until then, or until that row is ready. A time in the past is none.
+        self.until = -np.inf
+        self.awaited = -1
+        self.earliest = np.inf  # deadline of the rows that the plan knows
 
     def arrived(self, slot: int, hops: int, deadline: float, now: float) -> None:
-        since = now - self.arrival[slot]
-        if since > 0:
-            known = np.isfinite(self.period[slot])
-            weight = _SMOOTHING if known else 1.0
-            before = self.period[slot] if known else 0.0
-            if np.isfinite(since):
-                self.period[slot] = before + weight * (since - before)
-            self.arrival[slot] = now
-            self._expected[slot] = now + self.period[slot]
+        intervals = self.intervals[slot]
+        if self.arrival[slot] == -np.inf:
+            intervals[:] = hops * self.terms.hop_s
+        else:
+            intervals[:2] = intervals[1:]
+            intervals[2] = now - self.arrival[slot]
+        period = sorted(intervals.tolist())[1]
+        self.arrival[slot] = now
+        self.due[slot] = now + period + min(_LATE, period / 4)
         self.hops[slot] = hops
         if not self.is_ready[slot]:
             self.ready[slot] = None
             self.is_ready[slot] = True
             self.deadline[slot] = deadline
+            full = len(self.ready) >= self.terms.max_rows
+            if full or slot == self.awaited or deadline < self.earliest:
+                self.until = -np.inf
 
     def remove(self, slot: int) -> None:
         self.ready.pop(slot, None)
@@ -80,8 +91,8 @@ class _Lane:
     def forget(self, slot: int) -> None:
         self.remove(slot)
         self.arrival[slot] = -np.inf
-        self.period[slot] = np.inf
-        self._expected[slot] = -np.inf
+        self.due[slot] = -np.inf
+        self.until = -np.inf
 
     def urgent(self) -> NDArray[np.intp]:
         """Return at most a batch of ready rows, those with the earliest deadlines."""
@@ -91,16 +102,19 @@ class _Lane:
         order = np.argsort(self.deadline[slots], kind="stable")
         return slots[order[: self.terms.max_rows]]
 
-    def latest_start(self, slots: NDArray[np.intp]) -> float:
-        """Return the time after which starting these rows would miss a deadline."""
-        step = self.slowness * self.terms.step_seconds(len(slots))
-        return float((self.deadline[slots] - self.hops[slots] * step).min()) - _MARGIN
-
-    def expected_before(self, limit: float, now: float) -> float | None:
-        """Return when the last row that should arrive before the limit is due, if any."""
-        due = self._expected + np.minimum(_LATE, self.period / 4)
-        due = due[(due > now) & (due <= limit) & ~self.is_ready]
-        return float(due.max()) if len(due) else None
+    def plan(self, now: float) -> bool:
+        """Decide whether the ready rows should go now; if not, set until when they wait."""
+        slots = self.urgent()
+        if len(slots) == self.terms.max_rows:
+            return True
+        # What the step will take if the batch fills up while it waits.
+        step = self.slowness * self.terms.step_seconds(self.terms.max_rows)
+        limit = float((self.deadline[slots] - self.hops[slots] * step).min()) - _MARGIN
+        expected = np.where(self.is_ready | (self.due > limit), -np.inf, self.due)
+        self.awaited = int(expected.argmax())
+        self.until = float(expected[self.awaited])
+        self.earliest = float(self.deadline[slots].min())
+        return self.until <= now
 
 
 class Scheduler:
@@ -132,10 +146,11 @@ class Scheduler:
         """Note the hops that each row of a finished batch still has, and what the step took."""
         lane = self._lanes[batch.lane]
         lane.hops[batch.slots] = hops
+        lane.until = -np.inf
         for slot in batch.slots[hops == 0].tolist():
             lane.remove(slot)
         ratio = seconds / lane.terms.step_seconds(len(batch.slots))
-        lane.slowness += _SMOOTHING * (min(max(ratio, 1.0), 4.0) - lane.slowness)
+        lane.slowness += _SMOOTHING * (min(max(ratio, 1.0), _SLOWEST) - lane.slowness)
 
     def removed(self, lane: str, slot: int) -> None:
         """Forget a row whose stream is over."""
@@ -147,22 +162,25 @@ class Scheduler:
 
     def next(self, now: float) -> Batch | Wait:
         """Return the batch to run now, or the time at which to ask again."""
-        going: list[tuple[bool, int, float, Batch]] = []
+        going: list[tuple[str, _Lane]] = []
         wake: list[float] = []
         for name, lane in self._lanes.items():
             if not lane.ready:
                 continue
-            slots = lane.urgent()
-            limit = lane.latest_start(slots)
-            due = None
-            if len(slots) < lane.terms.max_rows and now < limit:
-                due = lane.expected_before(limit, now)
-            if due is None:
-                late = now > limit + _MARGIN
-                priority = lane.terms.priority if late else 0
-                going.append((not late, priority, limit, Batch(name, slots)))
+            if lane.until > now or not lane.plan(now):
+                wake.append(lane.until)
             else:
-                wake.append(due)
+                going.append((name, lane))
         if going:
-            return min(going, key=lambda entry: entry[:3])[3]
+            name, lane = going[0]
+            if len(going) > 1:
+                name, lane = min(going, key=lambda each: _urgency(each[1], now))
+            return Batch(name, lane.urgent())
         return Wait(min(wake) if wake else None)
+
+
+def _urgency(lane: _Lane, now: float) -> tuple[bool, int, float]:
+    """Order lanes: those that miss deadlines by priority first, then the earliest deadline."""
+    earliest = min(float(lane.deadline[slot]) for slot in lane.ready)
+    late = now > earliest
+    return not late, lane.terms.priority if late else 0, earliest

@@ -136,6 +136,15 @@ class Front:
         self.fresh[slot] = True
         self.overlap[slot] = 0.0
 
+    def take(self, slot: int) -> tuple[bool, NDArray[np.float64], NDArray[np.float32]]:
+        """Return a copy of all that a row carries, to be put back here or elsewhere."""
+        return bool(self.fresh[slot]), self.memory[slot].copy(), self.overlap[slot].copy()
+
+    def put(
+        self, slot: int, carried: tuple[bool, NDArray[np.float64], NDArray[np.float32]]
+    ) -> None:
+        self.fresh[slot], self.memory[slot], self.overlap[slot] = carried
+
     def push(self, slots: NDArray[np.intp], samples: NDArray[np.float32]) -> NDArray[np.float32]:
         """Filter one hop of each row and put it behind what the row has kept.
 

@@ -7,14 +7,14 @@ States have the batch as their first axis, one row a stream.
 No training here: losses and augmentation are in :mod:`training`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-_CELLS: Mapping[str, type[nn.RNNBase]] = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
+_CELLS: Mapping[str, Callable[..., nn.RNNBase]] = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
 
 
 class Conv(NamedTuple):
@@ -58,7 +58,7 @@ class CausalConv(nn.Module):
     """A strided convolution that carries the end of its input instead of padding.
 
     A frame comes out with the last of the ``stride`` samples that it is due for; what it sees
-    before them, ``kernel - stride`` samples, is the state.
+    before them, ``kernel - stride`` samples, is the state; where that is none, there is no state.
     """
 
     def __init__(self, channels_in: int, conv: Conv) -> None:
@@ -70,8 +70,10 @@ class CausalConv(nn.Module):
 
     def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Take (N, C, T) and the (N, C, kept) before it, return frames and the new state."""
+        if not self.kept:
+            return torch.relu(self.conv(x)), state
         x = torch.cat([state, x], dim=2)
-        return torch.relu(self.conv(x)), x[:, :, x.shape[2] - self.kept :]
+        return torch.relu(self.conv(x)), x[:, :, -self.kept :]
 
 
 class StreamingNet(nn.Module):
@@ -110,7 +112,8 @@ class StreamingNet(nn.Module):
         self.convs = nn.ModuleList()
         for index, conv in enumerate(self.config.convs):
             self.convs.append(CausalConv(width, conv))
-            self.state_shapes[f"conv{index}"] = (width, conv.kernel - conv.stride)
+            if conv.kernel > conv.stride:
+                self.state_shapes[f"conv{index}"] = (width, conv.kernel - conv.stride)
             width = conv.channels
         return width
 
@@ -141,9 +144,7 @@ class StreamingNet(nn.Module):
             As many, and of the same shapes, as `states`.
         """
         logits, new_states = self.logits(x, *states)
-        outputs = tuple(
-            _activate(logits[name], head) for name, head in self.config.heads.items()
-        )
+        outputs = tuple(_activate(logits[name], head) for name, head in self.config.heads.items())
         return outputs + new_states
 
     def logits(self, x: Tensor, *states: Tensor) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
@@ -152,8 +153,8 @@ class StreamingNet(nn.Module):
         new_states: list[Tensor] = []
         y = x.transpose(1, 2)
         for conv in self.convs:
-            y, kept = conv(y, carried.pop(0))
-            new_states.append(kept)
+            y, kept = conv(y, carried.pop(0) if conv.kept else y[:, :, :0])
+            new_states += [kept] if conv.kept else []
         y = y.transpose(1, 2)
         for layer in self.recurrent:
             # The module's states are (1, N, hidden): one layer each, so that each has a name.

@@ -67,7 +67,7 @@ class _Checks:
         self.outputs = [*(o.name for o in spec.outputs), *(s.output for s in self.stage.states)]
 
     def names(self) -> None:
-        """The graph has the statement's inputs and outputs, and no others."""
+        """Check that the graph has the statement's inputs and outputs, and no others."""
         for kind, stated, nodes in (
             ("inputs", self.inputs, self.session.get_inputs()),
             ("outputs", self.outputs, self.session.get_outputs()),
@@ -77,7 +77,7 @@ class _Checks:
                 raise ExportError(f"{kind}: the statement names {stated}, the graph has {found}")
 
     def every_input_counts(self) -> None:
-        """Changing any input changes some output."""
+        """Check that a change of any input changes some output."""
         feed = self._random(rows=3)
         reference = self._run(feed)
         for name in self.inputs:
@@ -86,13 +86,13 @@ class _Checks:
                 raise ExportError(f"every input counts: {name} changes no output")
 
     def torch_is_onnx(self) -> None:
-        """Both compute the same, for several batches and lengths."""
+        """Check that both compute the same, for several batches and lengths."""
         for rows, hops in ((1, 1), (2, 1), (5, 3), (33, 2)):
             feed = self._random(rows, hops)
             self._compare("torch is ONNX", self._torch(feed), self._run(feed))
 
     def states_keep_their_places(self) -> None:
-        """Exchanging two states of one shape does in the graph what it does in torch."""
+        """Check that exchanging two states does in the graph what it does in torch."""
         feed = self._random(rows=3)
         reference = self._run(feed)
         for first, second in self._alike():
@@ -103,7 +103,7 @@ class _Checks:
             self._compare("states keep their places", self._torch(swapped), found)
 
     def whole_is_chunks(self) -> None:
-        """Torch on a whole recording is ONNX hop by hop with the state carried."""
+        """Check torch on a whole recording against ONNX hop by hop with the state carried."""
         feed = self._random(rows=3, hops=_HOPS)
         whole = self._torch(feed)
         cut = np.split(feed[self.stage.input], _HOPS, axis=1)
@@ -120,7 +120,7 @@ class _Checks:
         self._compare("whole is chunks", whole, joined)
 
     def alone_is_batched(self) -> None:
-        """A row's result does not depend on its neighbours, however loud they are.
+        """Check that a row does not depend on its neighbours, however loud they are.
 
         Bit for bit from two rows on; a single row within the tolerance, because ONNX Runtime
         has another kernel for it (vanilla RNN), which the engine avoids by padding to two.
@@ -172,8 +172,8 @@ class _Checks:
                     f"{check}: {name}: expected shape {expected[name].shape}, "
                     f"found {found[name].shape}"
                 )
-            worst = float(np.abs(expected[name] - found[name]).max(initial=0.0))
-            if not worst <= tolerance:
-                raise ExportError(
-                    f"{check}: {name} differs by {worst:.2g}, allowed is {tolerance:g}"
-                )
+            worst = float(np.abs(expected[name] - found[name]).max())
+            # An LSTM's c is not bounded by 1; above that the tolerance is of its size.
+            allowed = tolerance * max(1.0, float(np.abs(expected[name]).max()))
+            if not worst <= allowed:  # not ">", which a NaN would pass
+                raise ExportError(f"{check}: {name} differs by {worst:.2g}, allowed: {allowed:.2g}")

@@ -8,9 +8,12 @@ A network is any module with ``forward(x, *states) -> (*outputs, *new_states)`` 
 """
 
 import copy
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from onnx import ModelProto
@@ -54,39 +57,56 @@ def export(net: nn.Module, spec: ModelSpec, path: Path | str) -> None:
 
 def states_of(net: StreamingNet) -> tuple[State, ...]:
     """Return what a statement says of this network's states."""
-    return tuple(
-        State(name, f"{name}_next", shape) for name, shape in net.state_shapes.items()
-    )
+    return tuple(State(name, f"{name}_next", shape) for name, shape in net.state_shapes.items())
 
 
 def to_graph(net: nn.Module, spec: ModelSpec) -> ModelProto:
-    """Return the unchecked ONNX graph; batch and time are free."""
+    """Return the unchecked ONNX graph; batch and time are free.
+
+    Raises
+    ------
+    ExportError
+        If torch cannot trace the network.
+    """
     stage = spec.stages[0]
     # Distinct random tensors: with samples that alias, torch.export wires h and c to one input.
-    rows = 2
-    samples = [
-        torch.randn(rows, *shape)
-        for shape in (stage.input_shape, *(state.shape for state in stage.states))
-    ]
-    time = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    free = ({0: torch.export.Dim.DYNAMIC},) * len(stage.states)
-    with warnings.catch_warnings(), torch.no_grad():
-        # Not ours to fix: torch 2.13 and onnxscript 0.7 meet deprecations of their own.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", FutureWarning)
-        program = torch.onnx.export(
-            _with_onnx_ops(net),
-            tuple(samples),
-            input_names=[stage.input, *(state.input for state in stage.states)],
-            output_names=[
-                *(output.name for output in spec.outputs),
-                *(state.output for state in stage.states),
-            ],
-            dynamic_shapes=(time, free),
-            dynamo=True,
-            verbose=False,
-        )
+    rows = (stage.input_shape, *(state.shape for state in stage.states))
+    samples = tuple(torch.randn(2, *row) for row in rows)
+    with _quiet(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                _Positional(_with_onnx_ops(net)).eval(),
+                samples,
+                input_names=[stage.input, *(state.input for state in stage.states)],
+                output_names=[
+                    *(output.name for output in spec.outputs),
+                    *(state.output for state in stage.states),
+                ],
+                dynamic_shapes=(({0: "batch", 1: "time"}, *[{0: "batch"}] * len(stage.states)),),
+                dynamo=True,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise ExportError(f"torch cannot trace the network: {error}") from error
+    assert program is not None  # None is for the exporter of old
     return _without_traces(program.model_proto)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what torch 2.13 says at every export and what nobody here can act on."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)  # "torchvision is not installed", four times
+    with warnings.catch_warnings():
+        # Several inputs share the axis "batch", as they should.
+        warnings.filterwarnings("ignore", "# The axis name: batch", UserWarning)
+        for kind in (DeprecationWarning, FutureWarning):  # of torch by torch and by onnxscript
+            warnings.simplefilter("ignore", kind)
+        try:
+            yield
+        finally:
+            log.setLevel(level)
 
 
 def _check_spec(spec: ModelSpec) -> None:
@@ -109,6 +129,17 @@ def _without_traces(model: ModelProto) -> ModelProto:
     return model
 
 
+class _Positional(nn.Module):
+    """Gives every network one signature, whatever its ``forward`` calls its arguments."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, *tensors: Tensor) -> Any:
+        return self.net(*tensors)
+
+
 class _OnnxRecurrent(nn.Module):
     """Stands for a recurrent module during export and emits ONNX's own operator.
 
@@ -127,23 +158,24 @@ class _OnnxRecurrent(nn.Module):
             self.attributes["linear_before_reset"] = 1  # as torch computes it
         if module.mode == "RNN_RELU":
             self.attributes["activations"] = ["Relu"]
-        self.layers = nn.ModuleList(_weights(module, index) for index in range(module.num_layers))
+        self.layers = nn.ModuleList(_Layer(module, index) for index in range(module.num_layers))
 
     def forward(
-        self, x: Tensor, before: Tensor | tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
+        self, x: Tensor, before: Tensor | tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor | tuple[Tensor, ...]]:
         """As ``nn.LSTM``: (N, T, C) and states (layers, N, hidden) in, the same out."""
         states = before if isinstance(before, tuple) else (before,)
         y = x.transpose(0, 1) if self.batch_first else x
-        after = []
-        for index, layer in enumerate(self.layers):
-            y, *new = self._emit(layer, y, [s[index : index + 1] for s in states])
-            after.append(new)
-        ends = tuple(torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*after))
+        after: list[list[Tensor]] = [[] for _ in states]
+        for index, layer in enumerate(cast(Iterable[_Layer], self.layers)):
+            y, *new = self._emit(layer, y, [state[index : index + 1] for state in states])
+            for letter, state in zip(after, new, strict=True):
+                letter.append(state)
+        ends = tuple(torch.cat(letter) for letter in after)
         y = y.transpose(0, 1) if self.batch_first else y
         return y, ends if isinstance(before, tuple) else ends[0]
 
-    def _emit(self, layer: nn.Module, x: Tensor, states: list[Tensor]) -> list[Tensor]:
+    def _emit(self, layer: "_Layer", x: Tensor, states: list[Tensor]) -> list[Tensor]:
         time, rows = x.shape[0], x.shape[1]
         kept = [(1, rows, self.hidden)] * len(states)
         y, *new = torch.onnx.ops.symbolic_multi_out(
@@ -157,24 +189,27 @@ class _OnnxRecurrent(nn.Module):
         return [y.squeeze(1), *new]
 
 
-def _weights(module: nn.RNNBase, layer: int) -> nn.Module:
-    """Return one layer's weights in ONNX's order of gates, with its axis for directions."""
-    op = module.mode.split("_")[0]
+class _Layer(nn.Module):
+    """One layer's weights in ONNX's order of gates, with its axis for directions."""
 
-    def ordered(name: str) -> Tensor:
-        weight = getattr(module, f"{name}_l{layer}").detach()
-        gates = weight.chunk(len(_GATE_ORDER[op]))
-        return torch.cat([gates[gate] for gate in _GATE_ORDER[op]])
+    w: Tensor
+    r: Tensor
+    b: Tensor
 
-    holder = nn.Module()
-    holder.register_buffer("w", ordered("weight_ih").unsqueeze(0))
-    holder.register_buffer("r", ordered("weight_hh").unsqueeze(0))
-    if module.bias:
-        bias = torch.cat([ordered("bias_ih"), ordered("bias_hh")])
-    else:
-        bias = torch.zeros(2 * len(holder.w[0]))
-    holder.register_buffer("b", bias.unsqueeze(0))
-    return holder
+    def __init__(self, module: nn.RNNBase, layer: int) -> None:
+        super().__init__()
+        order = _GATE_ORDER[module.mode.split("_")[0]]
+
+        def ordered(name: str) -> Tensor:
+            gates = getattr(module, f"{name}_l{layer}").detach().chunk(len(order))
+            return torch.cat([gates[gate] for gate in order])
+
+        w, r = ordered("weight_ih"), ordered("weight_hh")
+        b = w.new_zeros(2 * len(w))
+        if module.bias:
+            b = torch.cat([ordered("bias_ih"), ordered("bias_hh")])
+        for name, value in (("w", w), ("r", r), ("b", b)):
+            self.register_buffer(name, value.unsqueeze(0))
 
 
 def _with_onnx_ops(net: nn.Module) -> nn.Module:

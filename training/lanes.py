@@ -1,0 +1,168 @@
+"""Recordings side by side, walked window by window, as an engine would stream them.
+
+A lane is a long stretch of one recording. A batch is one window of every lane, and the next
+batch is the window after it in the same lanes, so that a network can carry its state along:
+truncated back-propagation through time.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytorch_lightning as lightning
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from engine.model_file import ModelSpec
+from engine.signal import Front
+from training import augment, data
+from training.data import Recording, Targets
+
+_MAX_STRETCH = 0.1
+
+
+class Window(NamedTuple):
+    """One window of every lane."""
+
+    x: Tensor  # (lanes, samples, 1)
+    beat: Tensor  # (lanes, frames)
+    label: Tensor  # (lanes, frames)
+    weight: Tensor  # (lanes, frames)
+    first: bool  # no state comes from before
+
+
+class Lanes(Dataset[Window]):
+    """One epoch of augmented lanes; the same seed gives the same one. Windows are in order.
+
+    Parameters
+    ----------
+    recordings : sequence of Recording
+    spec : ModelSpec
+        For the filters and the look-ahead.
+    stride : int
+        Samples a frame.
+    window_samples : int
+        Samples of one window; a multiple of the stride.
+    per_recording : int
+        Lanes that one recording is cut into.
+    seed : sequence of int
+    """
+
+    def __init__(
+        self,
+        recordings: Sequence[Recording],
+        spec: ModelSpec,
+        stride: int,
+        window_samples: int,
+        per_recording: int,
+        seed: Sequence[int],
+    ) -> None:
+        self.spec = spec
+        self.stride = stride
+        self.window_samples = window_samples
+        rng = np.random.default_rng(seed)
+        varied = [self._vary(recording, rng) for recording in recordings]
+        shortest = min(len(signal) for signal, _ in varied)
+        self._windows = shortest // per_recording // window_samples
+        signals = self._cut([signal for signal, _ in varied], per_recording, 1)
+        self.samples = filter_all(signals, spec)
+        self.targets = Targets._make(
+            self._cut(field, per_recording, stride)
+            for field in zip(*(marks for _, marks in varied), strict=True)
+        )
+
+    def __len__(self) -> int:
+        return self._windows
+
+    def __getitem__(self, index: int) -> Window:
+        frames = self.window_samples // self.stride
+        x = self.samples[:, index * self.window_samples : (index + 1) * self.window_samples]
+        part = slice(index * frames, (index + 1) * frames)
+        beat, label, weight = (torch.from_numpy(field[:, part]) for field in self.targets)
+        return Window(torch.from_numpy(x), beat, label, weight, first=index == 0)
+
+    def _vary(
+        self, recording: Recording, rng: np.random.Generator
+    ) -> tuple[NDArray[np.float32], Targets]:
+        """Return one lead, augmented, and its targets, both rolled to begin anywhere."""
+        recording = augment.stretch(recording, 1 + rng.uniform(-_MAX_STRETCH, _MAX_STRETCH))
+        marks = data.targets(recording, self.spec, self.stride)
+        signal = augment.turn_axis(recording.signal, rng)
+        signal = augment.disturb(signal, self.spec.input.rate_hz, rng)
+        roll = int(rng.integers(len(marks.beat)))
+        whole = len(marks.beat) * self.stride
+        return (
+            np.roll(signal[:whole], -roll * self.stride),
+            Targets._make(np.roll(field, -roll) for field in marks),
+        )
+
+    def _cut(self, rows: Sequence[NDArray[Any]], per_recording: int, stride: int) -> NDArray[Any]:
+        """Cut each row, of one value every `stride` samples, into lanes of whole windows."""
+        length = self._windows * self.window_samples // stride
+        kept = [row[: length * per_recording].reshape(per_recording, length) for row in rows]
+        return np.concatenate(kept)
+
+
+class Whole(NamedTuple):
+    """Unchanged recordings of one length, for validation."""
+
+    x: Tensor  # (recordings, samples, 1), filtered
+    recordings: Sequence[Recording]
+
+
+class HeartData(lightning.LightningDataModule):
+    """New lanes every epoch, and the validation recordings as they are.
+
+    Parameters
+    ----------
+    training, validation : sequence of Recording
+        Those for validation are of one length.
+    spec, stride, window_samples, per_recording
+        As for :class:`Lanes`.
+    seed : int
+    """
+
+    def __init__(
+        self,
+        training: Sequence[Recording],
+        validation: Sequence[Recording],
+        spec: ModelSpec,
+        stride: int,
+        window_samples: int,
+        per_recording: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self._lanes = partial(
+            Lanes,
+            training,
+            spec,
+            stride=stride,
+            window_samples=window_samples,
+            per_recording=per_recording,
+        )
+        self._seed = seed
+        signals = np.stack([recording.signal[:, 0] for recording in validation])
+        self.whole = Whole(torch.from_numpy(filter_all(signals, spec)), validation)
+
+    def train_dataloader(self) -> DataLoader[Window]:
+        return DataLoader(
+            self._lanes(seed=(self._seed, self.trainer.current_epoch)), batch_size=None
+        )
+
+    def val_dataloader(self) -> DataLoader[Whole]:
+        return DataLoader([self.whole], batch_size=None, collate_fn=_unchanged)
+
+
+def filter_all(samples: NDArray[np.float32], spec: ModelSpec) -> NDArray[np.float32]:
+    """Pass (rows, samples) through the engine's filters, (rows, samples, 1)."""
+    front = Front(spec, len(samples))
+    return front.push(np.arange(len(samples)), samples[:, :, None])
+
+
+def _unchanged(whole: Whole) -> Whole:
+    """Keep the loader from turning the recordings' arrays into tensors."""
+    return whole
