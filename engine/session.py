@@ -6,6 +6,7 @@ flushes in their order. It also knows which sample of the client each sample of 
 """
 
 from collections import deque
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from engine.errors import Refused
 from engine.messages import Ack, Chunk, Closed, Open
 from engine.model_file import Input
-from engine.signal import Resampler, unit_factor
+from engine.signal import Resampler, rate_ratio, unit_factor
 
 _DTYPES: dict[str, np.dtype[Any]] = {"f4": np.dtype("<f4"), "i2": np.dtype("<i2")}
 
@@ -22,11 +23,12 @@ _DTYPES: dict[str, np.dtype[Any]] = {"f4": np.dtype("<f4"), "i2": np.dtype("<i2"
 class Samples(NamedTuple):
     """Calibrated samples at the model's rate, (samples, channels) float32.
 
-    ``ack`` is the chunk's number and the index after it; None for a resampler's tail.
+    ``ack`` is the chunk's number, the index after it, and how many samples the stream has sent
+    up to there; None for a resampler's tail.
     """
 
     values: NDArray[np.float32]
-    ack: tuple[int, int] | None = None
+    ack: tuple[int, int, int] | None = None
 
 
 class Lost(NamedTuple):
@@ -81,12 +83,13 @@ class Session:
         self._opened, self._signal = opened, signal
         self._dtype = _DTYPES[opened.dtype]
         self._scale, self._offset = _calibration(opened, signal)
+        self._ratio = _ratio(opened, signal)
         self._resampler = self._new_resampler()
         self._max_chunk_bytes = max_chunk_bytes
         self._next_seq = 0
-        self._acked = (-1, opened.index)
-        # Chunks whose effects are not all out: (model's position after it, seq, index after it).
-        self._marks: deque[tuple[int, int, int]] = deque()
+        self._acked = (-1, opened.index, 0)
+        # Chunks whose effects are not all out: (model's position after it, *ack).
+        self._marks: deque[tuple[int, int, int, int]] = deque()
         # Where the client's time axis was laid against the model's: (position, index).
         self._anchors: deque[tuple[int, int]] = deque([(0, opened.index)], maxlen=4)
 
@@ -119,7 +122,7 @@ class Session:
         self.samples += len(values)
         if self._resampler is not None:
             values = self._resampler.push(values)
-        self.inbox.append(Samples(values, (chunk.seq, self.end_index)))
+        self.inbox.append(Samples(values, (chunk.seq, self.end_index, self.samples)))
         return True
 
     def flush(self, flush_id: int) -> None:
@@ -151,8 +154,9 @@ class Session:
         raw = np.frombuffer(chunk.data, self._dtype).reshape(-1, channels)
         values: NDArray[np.float32] = raw.astype(np.float32)
         if self._scale != 1.0 or self._offset != 0.0:
-            values *= self._scale
-            values += self._offset
+            with np.errstate(over="ignore"):  # found below
+                values *= self._scale
+                values += self._offset
         if not np.isfinite(values).all():
             place = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
             raise Refused(
@@ -168,7 +172,7 @@ class Session:
                 "index_back",
                 f"chunk {chunk.seq}: expected index {self.end_index} or later, found {chunk.index}",
             )
-        in_flight = self.end_index - self._acked[1] + count
+        in_flight = self.samples - self._acked[2] + count  # what was lost takes no room
         if in_flight > self.credit:
             raise Refused(
                 "over_credit",
@@ -189,12 +193,7 @@ class Session:
             self._resampler = self._new_resampler()
 
     def _new_resampler(self) -> Resampler | None:
-        if self.rate_hz == self._signal.rate_hz:
-            return None
-        try:
-            return Resampler(self.rate_hz, self._signal.rate_hz, self._opened.channels)
-        except ValueError as error:
-            raise Refused("bad_rate", str(error)) from None
+        return Resampler(self._ratio, self._opened.channels) if self._ratio != 1 else None
 
     # --- out -------------------------------------------------------------------------------
 
@@ -202,13 +201,16 @@ class Session:
         """Return the client's index of the model's sample at a position."""
         known = reversed(self._anchors)
         position_0, index_0 = next(a for a in known if position >= a[0] or a is self._anchors[0])
-        return index_0 + round((position - position_0) * self.rate_hz / self._signal.rate_hz)
+        ratio = self._ratio
+        return index_0 + round((position - position_0) * ratio.denominator / ratio.numerator)
 
     def anchor(self, position: int, index: int) -> None:
         """Lay the two time axes together anew: after a gap, after a flush."""
+        if self._anchors[-1][0] == position:  # nothing lies between the two
+            self._anchors.pop()
         self._anchors.append((position, index))
 
-    def mark(self, position: int, ack: tuple[int, int]) -> int:
+    def mark(self, position: int, ack: tuple[int, int, int]) -> int:
         """Note that the model must get to ``position`` before a chunk's effects are out.
 
         Returns
@@ -231,14 +233,14 @@ class Session:
         """
         ack = None
         while self._marks and self._marks[0][0] <= position:
-            _, seq, index = self._marks.popleft()
-            self._acked = (seq, index)
-            ack = Ack(self.name, seq, index)
+            self._acked = self._marks.popleft()[1:]
+            ack = self.repeat_ack()
         return ack, self._marks[0][0] if self._marks else None
 
     def repeat_ack(self) -> Ack:
         """Return the last ack again, for a client that sent something twice."""
-        return Ack(self.name, *self._acked)
+        seq, index, _ = self._acked
+        return Ack(self.name, seq, index)
 
     def closed(self, reason: str) -> Closed:
         """Return the message that ends the stream, with its counts."""
@@ -251,6 +253,14 @@ class Session:
             self.gaps,
             self.lost_samples,
         )
+
+
+def _ratio(opened: Open, signal: Input) -> Fraction:
+    """Return the model's rate over the rate of what is sent."""
+    try:
+        return rate_ratio(opened.rate_hz, signal.rate_hz)
+    except ValueError as error:
+        raise Refused("bad_rate", str(error)) from None
 
 
 def _calibration(opened: Open, signal: Input) -> tuple[float, float]:

@@ -25,6 +25,8 @@ _PREFIXES = {"n": 1e-9, "u": 1e-6, "m": 1e-3, "": 1.0, "k": 1e3}
 # scipy.signal.resample_poly; the delay is 10 samples of the lower of the two rates.
 _ZERO_CROSSINGS = 10
 _KAISER_BETA = 5.0
+# Largest integer of a ratio of rates: bounds the kernel that a peer can ask for to 20,001 taps.
+_WIDEST = 1000
 
 
 def unit_factor(given: str, wanted: str) -> float:
@@ -43,6 +45,24 @@ def unit_factor(given: str, wanted: str) -> float:
     raise ValueError(f"unit: expected {wanted} or a multiple of it, found {given!r}")
 
 
+def rate_ratio(rate_in: float, rate_out: float) -> Fraction:
+    """Return the rate out over the rate in, as the nearest fraction of integers up to 1000.
+
+    It is within a thousandth of the true ratio: a sensor of 249.9 Hz is taken for one of 250.
+
+    Raises
+    ------
+    ValueError
+        If one rate is more than 1000 times the other.
+    """
+    ratio = rate_out / rate_in
+    if not 1 / _WIDEST <= ratio <= _WIDEST:
+        raise ValueError(
+            f"rate: expected {rate_out / _WIDEST:g} to {rate_out * _WIDEST:g} Hz, found {rate_in:g}"
+        )
+    return Fraction(ratio).limit_denominator(min(_WIDEST, int(_WIDEST / ratio)))
+
+
 class Resampler:
     """Change a stream's rate by a rational factor, chunk by chunk.
 
@@ -51,8 +71,8 @@ class Resampler:
 
     Parameters
     ----------
-    rate_in, rate_out : float
-        Samples per second. The ratio is taken as the nearest fraction of integers to 1000.
+    ratio : Fraction
+        The rate out over the rate in, not 1.
     channels : int
 
     Notes
@@ -61,10 +81,7 @@ class Resampler:
     back at the rates of body sensors, and its state cannot be taken out (docs/decisions.md).
     """
 
-    def __init__(self, rate_in: float, rate_out: float, channels: int) -> None:
-        ratio = Fraction(rate_out / rate_in).limit_denominator(1000)
-        if not ratio:
-            raise ValueError(f"rate: expected at least {rate_out / 1000:g} Hz, found {rate_in:g}")
+    def __init__(self, ratio: Fraction, channels: int) -> None:
         self.up, self.down = ratio.numerator, ratio.denominator
         self._kernel, self._half = _kernel(self.up, self.down)
         self._reach = -(-self._half // self.up)  # inputs that an output needs on each side

@@ -8,6 +8,7 @@ ends by writing the bundled model file, which :mod:`training.evaluate` then stre
 
 import argparse
 import datetime
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -91,17 +92,22 @@ class HeartModel(lightning.LightningModule):
         self.states: tuple[Tensor, ...] = ()
         self.class_weights = torch.tensor([data.CLASS_WEIGHTS[label] for label in data.LABELS])
 
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), self.rate, weight_decay=1e-2)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)
-        return [optimizer], [schedule]
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), self.rate, weight_decay=1e-2)
 
     def on_train_epoch_start(self) -> None:
-        # Dropout draws from the global generator; with this a resumed run draws the same.
-        torch.manual_seed(self.seed + self.current_epoch)
+        # A cosine, set here because Lightning 2.6 saves an epoch's checkpoint before it steps a
+        # scheduler and leaves that step out on resuming.
+        falling = (1 + math.cos(math.pi * self.current_epoch / self.epochs)) / 2
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = self.rate * falling
 
     def training_step(self, window: Window, _index: int) -> Tensor:
-        states = self.net.initial_states(len(window.x)) if window.first else self.states
+        states = self.states
+        if window.first:
+            # Dropout draws from the global generator; with this a resumed run draws the same.
+            torch.manual_seed(self.seed + self.current_epoch)
+            states = self.net.initial_states(len(window.x))
         logits, states = self.net.logits(window.x, *states)
         self.states = tuple(state.detach() for state in states)
         beat_loss, class_loss = self.losses(logits, window)
@@ -157,7 +163,9 @@ def make_trainer(folder: Path, epochs: int, patience: int, **options: Any) -> li
     best = ModelCheckpoint(
         folder, "best", monitor="score", mode="max", enable_version_counter=False
     )
-    last = ModelCheckpoint(folder, "last", enable_version_counter=False)
+    last = ModelCheckpoint(
+        folder, "last", save_on_train_epoch_end=True, enable_version_counter=False
+    )
     return lightning.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
