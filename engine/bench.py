@@ -28,7 +28,7 @@ from engine.load import Load, Outcome, Signal
 from engine.loop import Engine
 from engine.metrics import Metrics
 from engine.model_file import Model
-from engine.runtime import CpuRuntime, initial_row, random_rows, run_stages
+from engine.runtime import CpuRuntime, Step, initial_row, random_rows
 from engine.signal import Front
 
 Report = dict[str, Any]
@@ -248,6 +248,7 @@ def step(model: str = "heart", rows: int = 256, rounds: int = 20) -> Report:
     rng = np.random.default_rng(0)
     state, windows = random_rows(loaded, rows, rng)
     runtime.arena[:] = state
+    one = Step(loaded)
     ratios, batched_us = [], []
     for _ in range(rounds):
         begin = time.process_time()
@@ -256,7 +257,7 @@ def step(model: str = "heart", rows: int = 256, rounds: int = 20) -> Report:
             runtime.step(slots, windows[slots])
         middle = time.process_time()
         for row in range(rows):
-            run_stages(loaded, state[row : row + 1], windows[row : row + 1])
+            one.run(state[row : row + 1], windows[row : row + 1])
         end = time.process_time()
         ratios.append((end - middle) / (middle - begin))
         batched_us.append((middle - begin) / rows * 1e6)
@@ -332,7 +333,7 @@ def _run_engine(
                 engine.receive(b"bench", messages.body([messages.encode(chunk)]), now)
                 places[k], seqs[k] = places[k] + len(data), seqs[k] + 1
         now += 1.0
-        while engine.turn(now) == now:
+        while engine.turn(now).until == now:
             pass
         for message in messages.decode_replies(engine.take(b"bench")):
             if isinstance(message, messages.Scores):
@@ -353,6 +354,7 @@ def _run_loop(
     spec = model.spec
     front = Front(spec, 1)
     rows = initial_row(spec.states)[None].copy()
+    step = Step(model)
     told: dict[str, list[bytes]] = defaultdict(list)
     slot = np.array([0])
     for start in range(0, len(samples), spec.hop_samples):
@@ -362,7 +364,7 @@ def _run_loop(
             front.put(0, carried)
             rows = np.frombuffer(rows.tobytes(), np.float32).reshape(rows.shape).copy()
         hop = samples[None, start : start + spec.hop_samples, None]
-        for name, value in run_stages(model, rows, front.push(slot, hop)).items():
+        for name, value in step.run(rows, front.push(slot, hop)).items():
             told[name].append(value.tobytes())
     return {name: np.frombuffer(b"".join(parts), np.float32) for name, parts in told.items()}
 

@@ -58,6 +58,7 @@ class Lane:
         self._head = np.zeros(num_slots, np.int64)
         self._fill = np.zeros(num_slots, np.int64)
         self._position = np.zeros(num_slots, np.int64)  # samples consumed since the open
+        self._begin = np.zeros(num_slots, np.int64)  # position at which all began anew
         self._mark = np.full(num_slots, _NEVER)  # position at which the next ack is due
         self._held = np.zeros(num_slots, bool)  # something waits in the session's inbox
         self._end = np.full(num_slots, _NEVER)  # where a flush's padding begins
@@ -91,7 +92,10 @@ class Lane:
         while session.inbox:
             item = session.inbox[0]
             if isinstance(item, Samples):
-                if not self._append(slot, item.values):
+                room = self._capacity - int(self._fill[slot])
+                self._append(slot, item.values[:room])
+                if len(item.values) > room:
+                    session.inbox[0] = item._replace(values=item.values[room:])
                     break
                 if item.ack is not None:
                     self._mark_ack(slot, session, item.ack)
@@ -123,12 +127,14 @@ class Lane:
         windows = self.front.push(slots, self._take_hop(slots))
         outputs = self.runtime.step(slots, windows)
         sessions = [self.sessions[slot] for slot in slots.tolist()]
-        rows = Rows(slots, start, self._end[slots], sessions)
+        rows = Rows(slots, start, self._begin[slots], self._end[slots], sessions)
         told = [Told(sessions[row], message) for row, message in self.wing.push(rows, outputs)]
         due = (self._mark[slots] <= self._position[slots]) | self._held[slots]
         for slot in slots[due].tolist():
             session = self.sessions[slot]
-            messages = self._ack(slot, session, int(self._position[slot])) + self.feed(slot)
+            messages = self._ack(slot, session, int(self._position[slot]))
+            if self._held[slot]:
+                messages += self.feed(slot)
             told += [Told(session, message) for message in messages]
         return told
 
@@ -142,31 +148,28 @@ class Lane:
         idle = slots[self._held[slots] & (self._fill[slots] < self.hop)]
         return [slot for slot in idle.tolist() if isinstance(self.sessions[slot].inbox[0], End)]
 
-    def _append(self, slot: int, values: NDArray[np.float32]) -> bool:
-        """Queue samples at the end of a row; False if there is no room for them yet."""
-        fill = int(self._fill[slot])
-        if fill + len(values) > self._capacity:
-            return False
-        begin = int(self._head[slot]) + fill
-        if begin + len(values) > self._capacity:
-            head = int(self._head[slot])
-            self._queue[slot, :fill] = self._queue[slot, head:begin].copy()
-            self._head[slot], begin = 0, fill
-        self._queue[slot, begin : begin + len(values)] = values
+    def _append(self, slot: int, values: NDArray[np.float32]) -> None:
+        """Queue samples, for which there is room, at the end of a row."""
+        if not len(values):
+            return  # what was stepped last stays in an empty queue, see _pad
+        head, fill = int(self._head[slot]), int(self._fill[slot])
+        if not fill or head + fill + len(values) > self._capacity:
+            self._queue[slot, :fill] = self._queue[slot, head : head + fill].copy()
+            self._head[slot] = head = 0
+        end = head + fill
+        self._queue[slot, end : end + len(values)] = values
         self._fill[slot] = fill + len(values)
-        return True
 
     def _take_hop(self, slots: NDArray[np.intp]) -> NDArray[np.float32]:
         """Return the next hop of each row, (rows, hop, channels), and move on."""
         head = self._head[slots]
         samples: NDArray[np.float32] = self._queue[slots[:, None], head[:, None] + self._steps]
-        fill = self._fill[slots] - self.hop
-        self._fill[slots] = fill
-        self._head[slots] = np.where(fill > 0, head + self.hop, 0)
+        self._fill[slots] -= self.hop
+        self._head[slots] = head + self.hop
         self._position[slots] += self.hop
         return samples
 
-    def _mark_ack(self, slot: int, session: Session, ack: tuple[int, int]) -> None:
+    def _mark_ack(self, slot: int, session: Session, ack: tuple[int, int, int]) -> None:
         # A chunk is through when its last whole hop is; what is left waits for the next chunk.
         position = int(self._position[slot] + self._fill[slot] // self.hop * self.hop)
         self._mark[slot] = session.mark(position, ack)
@@ -183,6 +186,7 @@ class Lane:
         first = session.index_at(position) if self._fill[slot] else lost.start
         self._clear(slot)
         if self.spec.gap == "reset":
+            self._begin[slot] = position
             self.front.reset(slot)
             self.runtime.reset(slot)
             self.wing.gap(slot)
@@ -192,12 +196,15 @@ class Lane:
     def _pad(self, slot: int) -> None:
         """Append the last value until the tail has come through."""
         fill = int(self._fill[slot])
-        last = self._queue[slot, self._head[slot] + fill - 1] if fill else 0.0
+        self._end[slot] = self._position[slot] + fill
+        if self._end[slot] == self._begin[slot]:
+            return  # nothing came since all began anew
+        used = int(self._head[slot]) + fill
+        last = self._queue[slot, used - 1] if used else 0.0
         wanted = -(-(fill + self.wing.delay) // self.hop) * self.hop - fill
         padding = np.empty((wanted, self._queue.shape[2]), np.float32)
         padding[:] = last
-        assert self._append(slot, padding), "the queue of a row has room for a flush"
-        self._end[slot] = self._position[slot] + fill
+        self._append(slot, padding)
 
     def _finish(self, slot: int, session: Session, tail: Tail) -> list[Message]:
         """Answer a flush whose padding is through, and begin anew."""
@@ -216,6 +223,7 @@ class Lane:
 
     def _restart(self, slot: int) -> None:
         """Make all that is carried like new."""
+        self._begin[slot] = self._position[slot]
         self.front.reset(slot)
         self.runtime.reset(slot)
         self.wing.reset(slot)

@@ -6,6 +6,7 @@ is an argument, so the same engine runs under a test's clock.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -36,8 +37,11 @@ WINGS: dict[str, Callable[[ModelSpec, int], Wing]] = {
 }
 # Codes after which a stream cannot go on: its signal is not what was announced.
 _FATAL = frozenset({"bad_length", "not_finite"})
-# Taking a few chunks at a time costs a fraction of taking each by itself (docs/decisions.md).
-_MAX_PATIENCE_S = 0.025
+# Every wake costs as much as some ten chunks: by then the caches hold the model's weights, not
+# the interpreter. So where many chunks come, they are left in their socket for a while and taken
+# together, for half of the tightest budget at the most (docs/decisions.md).
+_MAX_PATIENCE_S = 0.05
+_MANY = 8
 _PUBLISHED = (
     messages.Beat,
     messages.Alert,
@@ -55,6 +59,13 @@ class Peer:
         self.seen = now
         self.streams: set[str] = set()
         self.outbox: list[bytes] = []
+
+
+class Pause(NamedTuple):
+    """Until when there is nothing to do; ``deaf``: not even if something arrives."""
+
+    until: float
+    deaf: bool
 
 
 class Stream(NamedTuple):
@@ -114,8 +125,7 @@ class Engine:
         self._scheduler = Scheduler(terms)
         self._streams: dict[str, Stream] = {}
         self._last_chunk: dict[str, float] = {}
-        # Seconds for which arrivals may be left in their socket while rows wait for company.
-        self.patience_s = _MAX_PATIENCE_S
+        self._patience_s = _MAX_PATIENCE_S
         self._load = 0.0  # part of the capacity that open streams need
 
     # --- in --------------------------------------------------------------------------------
@@ -215,7 +225,7 @@ class Engine:
         slot = lane.open(session)
         self._streams[request.stream] = Stream(session, request.model, slot, peer_id, budget_s)
         self._last_chunk[request.stream] = now
-        self.patience_s = min(self.patience_s, budget_s / 4)
+        self._patience_s = min(self._patience_s, budget_s / 2)
         self._load += self._share(lane)
         peer.streams.add(request.stream)
         self.metrics.streams_open = len(self._streams)
@@ -282,19 +292,18 @@ class Engine:
 
     # --- one turn --------------------------------------------------------------------------
 
-    def turn(self, now: float) -> float | None:
-        """Run the batch that is due, if any.
-
-        Returns
-        -------
-        float or None
-            The time at which to call again if nothing arrives before; None: not until then.
-        """
+    def turn(self, now: float) -> Pause:
+        """Run the batch that is due, if any, and say when to call again."""
         decision = self._scheduler.next(now)
-        if not isinstance(decision, Batch):
-            return decision.until
-        self._step(decision, now)
-        return now
+        if isinstance(decision, Batch):
+            self._step(decision, now)
+            return Pause(now, deaf=False)
+        until = now + self._patience_s
+        if decision.until is not None:
+            return Pause(min(until, decision.until), deaf=True)
+        if self._scheduler.expected(now, until) >= _MANY:
+            return Pause(until, deaf=True)
+        return Pause(math.inf, deaf=False)
 
     def _step(self, batch: Batch, now: float) -> None:
         lane = self._lanes[batch.lane]

@@ -4,13 +4,14 @@ Each check runs the model's own graphs on random, distinct state; none looks at 
 was made. :mod:`exporters` asks the same of every model it writes.
 """
 
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.model_file import Model
-from engine.runtime import MICRO_BATCH, CpuRuntime, initial_row, random_rows, run_stages
+from engine.runtime import MICRO_BATCH, CpuRuntime, Step, initial_row, random_rows
 
 
 class Finding(NamedTuple):
@@ -45,6 +46,7 @@ def check(model: Model, seed: int = 0) -> list[Finding]:
     return [
         _outputs_fit(model, rng),
         _inputs_are_consumed(model, rng),
+        _states_are_told_apart(model, rng),
         _state_round_trips(model, rng),
         _batches(model, rng),
         _alone_is_batched(model, rng),
@@ -53,7 +55,7 @@ def check(model: Model, seed: int = 0) -> list[Finding]:
 
 def _run(model: Model, rows: NDArray[np.float32], windows: NDArray[np.float32]) -> _Result:
     state = rows.copy()
-    return _Result(state, run_stages(model, state, windows))
+    return _Result(state, Step(model).run(state, windows))
 
 
 def _outputs_fit(model: Model, rng: np.random.Generator) -> Finding:
@@ -88,6 +90,21 @@ def _inputs_are_consumed(model: Model, rng: np.random.Generator) -> Finding:
     return Finding(
         "inputs", not unused, f"not consumed: {unused}" if unused else f"all {count} are consumed"
     )
+
+
+def _states_are_told_apart(model: Model, rng: np.random.Generator) -> Finding:
+    """Expect no two states to be given one value: an export that aliases them does that."""
+    states = model.spec.states
+    result = _run(model, *random_rows(model, 1, rng))
+    ends = np.cumsum([state.size for state in states])
+    values = np.split(result.state[0], ends[:-1]) if states else []
+    alike = [
+        f"{one.input} and {other.input}"
+        for (one, value), (other, another) in combinations(zip(states, values, strict=True), 2)
+        if np.array_equal(value, another)
+    ]
+    detail = f"one value for {alike}" if alike else f"{len(states)} states, each its own"
+    return Finding("states", not alike, detail)
 
 
 def _state_round_trips(model: Model, rng: np.random.Generator) -> Finding:

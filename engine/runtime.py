@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -65,6 +65,7 @@ class CpuRuntime:
 
     def __init__(self, model: Model, num_slots: int, threads: int = 1) -> None:
         self.model = model
+        self._graphs = Step(model)
         self.runs: Counter[int] = Counter()
         self.initial = initial_row(model.spec.states)
         self.arena = np.empty((num_slots, len(self.initial)), np.float32)
@@ -154,7 +155,7 @@ class CpuRuntime:
             outputs = self._run(padded, windows)
             rows[:] = padded[:wanted]
             return {name: value[:wanted] for name, value in outputs.items()}
-        return run_stages(self.model, rows, windows)
+        return self._graphs.run(rows, windows)
 
     def _warm_up(self) -> dict[int, float]:
         """Run each bucket size, and return the seconds that it took: the best of a few."""
@@ -192,7 +193,7 @@ class CpuRuntime:
         results = []
         for size in sizes:
             state = rows[:size].copy()
-            outputs = run_stages(self.model, state, windows[:size])
+            outputs = self._graphs.run(state, windows[:size])
             results.append([state[0], *(value[0] for value in outputs.values())])
         return all(
             np.array_equal(one, other)
@@ -217,61 +218,87 @@ def random_rows(
     return rows, rng.standard_normal(shape).astype(np.float32)
 
 
-def run_stages(model: Model, rows: NDArray[np.float32], windows: NDArray[np.float32]) -> Outputs:
-    """Run a model's graphs one after the other, on state rows that are changed in place.
+class Step:
+    """One step of a model on rows that have been gathered: its graphs, one after the other.
 
     Parameters
     ----------
     model : Model
-    rows : (rows, values) float32
-        Packed state, in the order in which the statement lists it.
-    windows : (rows, window, channels) float32
-
-    Returns
-    -------
-    dict of the stated outputs
     """
-    offset = 0
-    outputs: dict[str, Array] = {}
-    for stage, session in zip(model.spec.stages, model.sessions, strict=True):
-        end = offset + sum(state.size for state in stage.states)
-        wanted = [o.name for o in model.spec.outputs] if not stage.passes else [stage.passes]
-        outputs = _run_stage(stage, session, rows[:, offset:end], windows, wanted)
-        if stage.passes_as == "mask":
-            mask = outputs[stage.passes].reshape(len(windows), -1, windows.shape[2])
-            windows = features.apply_mask(windows, mask)
-        elif stage.passes:
-            windows = outputs[stage.passes].reshape(len(windows), -1, windows.shape[2])
-        offset = end
-    return outputs
+
+    def __init__(self, model: Model) -> None:
+        outputs = [output.name for output in model.spec.outputs]
+        self._stages: list[_StageStep] = []
+        column = 0
+        for stage, session in zip(model.spec.stages, model.sessions, strict=True):
+            wanted = [stage.passes] if stage.passes else outputs
+            self._stages.append(_StageStep(stage, session, wanted, column))
+            column += sum(state.size for state in stage.states)
+
+    def run(self, rows: NDArray[np.float32], windows: NDArray[np.float32]) -> Outputs:
+        """Run the graphs and leave the new state in the rows.
+
+        Parameters
+        ----------
+        rows : (rows, values) float32
+            Packed state, in the order in which the statement lists it; changed in place.
+        windows : (rows, window, channels) float32
+
+        Returns
+        -------
+        dict of the stated outputs
+        """
+        outputs: Outputs = {}
+        for step in self._stages:
+            outputs = step.run(rows, windows)
+            passes = step.stage.passes
+            if passes:
+                passed = outputs[passes].reshape(len(windows), -1, windows.shape[2])
+                mask = step.stage.passes_as == "mask"
+                windows = features.apply_mask(windows, passed) if mask else passed
+        return outputs
 
 
-def _run_stage(
-    stage: Stage,
-    session: ort.InferenceSession,
-    rows: NDArray[np.float32],
-    windows: NDArray[np.float32],
-    wanted: list[str],
-) -> dict[str, Array]:
-    count = len(windows)
-    tensor = features.extract(stage.features, windows).reshape(count, *stage.input_shape)
-    feed: dict[str, Array] = {stage.input: tensor}
-    for name, value in stage.constants.items():
-        feed[name] = np.asarray(value, np.int64 if isinstance(value, int) else np.float32)
-    column = 0
-    for state in stage.states:
-        part = rows[:, column : column + state.size].reshape(count, *state.shape)
-        if state.batch_axis:
-            part = np.moveaxis(part, 0, state.batch_axis)
-        feed[state.input] = np.ascontiguousarray(part)
-        column += state.size
-    names = wanted + [state.output for state in stage.states]
-    results = dict(zip(names, session.run(names, feed), strict=True))
-    column = 0
-    for state in stage.states:
-        part = results[state.output]
-        if state.batch_axis:
-            part = np.moveaxis(part, state.batch_axis, 0)
-        rows[:, column : column + state.size] = part.reshape(count, state.size)
-        column += state.size
-    return {name: results[name] for name in wanted}
+class _Column(NamedTuple):
+    """Where a state tensor lies in a packed row, and how it is turned for the graph."""
+
+    name: str
+    place: slice
+    row_shape: tuple[int, ...]
+    batch_axis: int
+
+
+class _StageStep:
+    """One graph, with all that can be known of its call before it is made."""
+
+    def __init__(
+        self, stage: Stage, session: ort.InferenceSession, wanted: list[str], column: int
+    ) -> None:
+        self.stage = stage
+        self._session = session
+        self._wanted = wanted
+        self._names = wanted + [state.output for state in stage.states]
+        self._columns: list[_Column] = []
+        for state in stage.states:
+            place = slice(column, column + state.size)
+            self._columns.append(_Column(state.input, place, state.shape, state.batch_axis))
+            column += state.size
+        self._constants = {
+            name: np.asarray(value, np.int64 if isinstance(value, int) else np.float32)
+            for name, value in stage.constants.items()
+        }
+
+    def run(self, rows: NDArray[np.float32], windows: NDArray[np.float32]) -> Outputs:
+        count = len(windows)
+        tensor = features.extract(self.stage.features, windows)
+        feed: dict[str, Array] = dict(self._constants)
+        feed[self.stage.input] = tensor.reshape(count, *self.stage.input_shape)
+        for name, place, row_shape, batch_axis in self._columns:
+            part = rows[:, place].reshape(count, *row_shape)
+            feed[name] = np.moveaxis(part, 0, batch_axis).copy() if batch_axis else part
+        results = self._session.run(self._names, feed)
+        wanted = len(self._wanted)
+        for (_, place, _, batch_axis), state in zip(self._columns, results[wanted:], strict=True):
+            back = np.moveaxis(state, batch_axis, 0) if batch_axis else state
+            rows[:, place] = back.reshape(count, -1)
+        return dict(zip(self._wanted, results, strict=False))

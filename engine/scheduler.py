@@ -7,6 +7,7 @@ expected to become ready before that moment. A lone stream is therefore stepped 
 thousand fill batches. There are no fixed sleeps: :meth:`Scheduler.next` says when to ask again.
 """
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -51,8 +52,13 @@ class _Lane:
     def __init__(self, terms: Terms) -> None:
         self.terms = terms
         self.ready: dict[int, None] = {}  # in order of becoming ready
-        self.deadline = np.zeros(terms.num_slots)
+        self.deadline = np.zeros(terms.num_slots)  # of the row's next hop
         self.hops = np.zeros(terms.num_slots, np.int64)
+        # Hops that share this deadline. What arrived on top of them has a later one, or a row
+        # that never runs empty would for ever go first: (hops, deadline) of each such arrival.
+        self.urgent_hops = np.zeros(terms.num_slots, np.int64)
+        self.later: dict[int, deque[tuple[int, float]]] = {}
+        self.newest = np.zeros(terms.num_slots)  # deadline of the last arrival
         self.is_ready = np.zeros(terms.num_slots, bool)
         self.arrival = np.full(terms.num_slots, -np.inf)
         # The last three intervals between arrivals: their median is the period, so that one
@@ -63,7 +69,8 @@ class _Lane:
         # The plan: wait until then, or until that row is ready. A time in the past is none.
         self.until = -np.inf
         self.awaited = -1
-        self.earliest = np.inf  # deadline of the rows that the plan knows
+        self.step = 0.0  # seconds that the plan reckons for a step
+        self.limit = np.inf  # when the rows that the plan knows must start at the latest
 
     def arrived(self, slot: int, hops: int, deadline: float, now: float) -> None:
         intervals = self.intervals[slot]
@@ -75,17 +82,36 @@ class _Lane:
         period = sorted(intervals.tolist())[1]
         self.arrival[slot] = now
         self.due[slot] = now + period + min(_LATE, period / 4)
-        self.hops[slot] = hops
+        self.newest[slot] = deadline
         if not self.is_ready[slot]:
             self.ready[slot] = None
             self.is_ready[slot] = True
             self.deadline[slot] = deadline
-            full = len(self.ready) >= self.terms.max_rows
-            if full or slot == self.awaited or deadline < self.earliest:
+            self.urgent_hops[slot] = hops
+            if len(self.ready) >= self.terms.max_rows or slot == self.awaited:
                 self.until = -np.inf
+        elif hops > self.hops[slot]:
+            more = hops - int(self.hops[slot])
+            self.later.setdefault(slot, deque()).append((more, deadline))
+        self.hops[slot] = hops
+        if self.deadline[slot] - hops * self.step - _MARGIN < self.limit:
+            self.until = -np.inf
+
+    def stepped(self, slots: NDArray[np.intp], hops: NDArray[np.int64]) -> None:
+        self.until = -np.inf
+        self.hops[slots] = hops
+        self.urgent_hops[slots] -= 1
+        for slot in slots[hops == 0].tolist():
+            self.remove(slot)
+        for slot in slots[(hops > 0) & (self.urgent_hops[slots] <= 0)].tolist():
+            later = self.later.get(slot)
+            self.urgent_hops[slot], self.deadline[slot] = (
+                later.popleft() if later else (self.hops[slot], self.newest[slot])
+            )
 
     def remove(self, slot: int) -> None:
         self.ready.pop(slot, None)
+        self.later.pop(slot, None)
         self.is_ready[slot] = False
 
     def forget(self, slot: int) -> None:
@@ -108,12 +134,11 @@ class _Lane:
         if len(slots) == self.terms.max_rows:
             return True
         # What the step will take if the batch fills up while it waits.
-        step = self.slowness * self.terms.step_seconds(self.terms.max_rows)
-        limit = float((self.deadline[slots] - self.hops[slots] * step).min()) - _MARGIN
-        expected = np.where(self.is_ready | (self.due > limit), -np.inf, self.due)
+        self.step = self.slowness * self.terms.step_seconds(self.terms.max_rows)
+        self.limit = float((self.deadline[slots] - self.hops[slots] * self.step).min()) - _MARGIN
+        expected = np.where(self.is_ready | (self.due > self.limit), -np.inf, self.due)
         self.awaited = int(expected.argmax())
         self.until = float(expected[self.awaited])
-        self.earliest = float(self.deadline[slots].min())
         return self.until <= now
 
 
@@ -138,17 +163,14 @@ class Scheduler:
         hops : int
             How many steps the row's samples suffice for, at least 1.
         deadline, now : float
-            Seconds of one monotonic clock. A row that is ready already keeps its earlier one.
+            Seconds of one monotonic clock. The hops that a row had before keep their own.
         """
         self._lanes[lane].arrived(slot, hops, deadline, now)
 
     def stepped(self, batch: Batch, hops: NDArray[np.int64], seconds: float) -> None:
         """Note the hops that each row of a finished batch still has, and what the step took."""
         lane = self._lanes[batch.lane]
-        lane.hops[batch.slots] = hops
-        lane.until = -np.inf
-        for slot in batch.slots[hops == 0].tolist():
-            lane.remove(slot)
+        lane.stepped(batch.slots, hops)
         ratio = seconds / lane.terms.step_seconds(len(batch.slots))
         lane.slowness += _SMOOTHING * (min(max(ratio, 1.0), _SLOWEST) - lane.slowness)
 
@@ -159,6 +181,13 @@ class Scheduler:
     def deadlines(self, batch: Batch) -> NDArray[np.float64]:
         """Return the deadline of each row of a batch."""
         return self._lanes[batch.lane].deadline[batch.slots]
+
+    def expected(self, now: float, until: float) -> int:
+        """Return how many rows should become ready between two times."""
+        return sum(
+            int(np.count_nonzero((lane.due > now) & (lane.due <= until) & ~lane.is_ready))
+            for lane in self._lanes.values()
+        )
 
     def next(self, now: float) -> Batch | Wait:
         """Return the batch to run now, or the time at which to ask again."""

@@ -4,6 +4,7 @@ ROUTER for clients, PUB for subscribers. The loop is: take what has come, let th
 batch, send what came of it, and wait for the next arrival or for the time that the engine named.
 """
 
+import gc
 import logging
 import math
 import signal
@@ -105,12 +106,13 @@ class Server:
             self._close()
 
     def _loop(self, arrivals: zmq.Poller, signals: zmq.Poller) -> None:
+        gc.freeze()  # what was made so far stays; no collection need look at it again
         next_tick = time.monotonic() + _TICK_S
         give_up = math.inf
         while True:
             self._receive()
             now = time.monotonic()
-            wake = self.engine.turn(now)
+            pause = self.engine.turn(now)
             if now >= next_tick:
                 self.engine.tick(now)
                 next_tick = now + _TICK_S
@@ -120,15 +122,9 @@ class Server:
                     self._send()
                     return
             self._send()
-            until = next_tick if wake is None else min(next_tick, wake)
-            left_s = until - time.monotonic()
-            if left_s <= 0 or self._stopping:
-                continue
-            if wake is None:
-                arrivals.poll(math.ceil(left_s * 1000))
-            else:
-                # Rows wait for company: nothing is gained by taking each arrival by itself.
-                signals.poll(math.ceil(min(left_s, self.engine.patience_s) * 1000))
+            left_s = min(next_tick, pause.until) - time.monotonic()
+            if left_s > 0 and not self._stopping:
+                (signals if pause.deaf else arrivals).poll(math.ceil(left_s * 1000))
 
     def _receive(self) -> None:
         """Hand what has come to the engine."""

@@ -17,6 +17,7 @@ from engine.messages import Ack, Chunk, Closed, Open
 from engine.model_file import Input
 from engine.signal import Resampler, rate_ratio, unit_factor
 
+_MAX_FLUSHES = 16
 _DTYPES: dict[str, np.dtype[Any]] = {"f4": np.dtype("<f4"), "i2": np.dtype("<i2")}
 
 
@@ -126,7 +127,15 @@ class Session:
         return True
 
     def flush(self, flush_id: int) -> None:
-        """Queue a flush behind all that was accepted."""
+        """Queue a flush behind all that was accepted.
+
+        Raises
+        ------
+        Refused
+            ``over_credit`` if too many are on their way: samples have a credit, so must these.
+        """
+        if sum(isinstance(item, Tail) for item in self.inbox) >= _MAX_FLUSHES:
+            raise Refused("over_credit", f"expected at most {_MAX_FLUSHES} flushes on their way")
         self._drain_resampler()
         self.inbox.append(Tail(flush_id, self.end_index))
 
@@ -152,11 +161,10 @@ class Session:
                 f"({channels} channels of {self._dtype.name}), found {len(chunk.data)}",
             )
         raw = np.frombuffer(chunk.data, self._dtype).reshape(-1, channels)
-        values: NDArray[np.float32] = raw.astype(np.float32)
+        values: NDArray[np.float32] = raw.astype(np.float32, copy=False)
         if self._scale != 1.0 or self._offset != 0.0:
             with np.errstate(over="ignore"):  # found below
-                values *= self._scale
-                values += self._offset
+                values = values * np.float32(self._scale) + np.float32(self._offset)
         if not np.isfinite(values).all():
             place = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
             raise Refused(

@@ -32,7 +32,8 @@ class Rows(NamedTuple):
 
     slots: NDArray[np.intp]
     start: NDArray[np.int64]  # position of the step's first new sample
-    end: NDArray[np.int64]  # from this position on the samples are a flush's padding
+    begin: NDArray[np.int64]  # where the stream began anew: no result lies before
+    end: NDArray[np.int64]  # where a flush's padding begins: no result lies there or later
     streams: Sequence[Timeline]
 
 
@@ -64,6 +65,7 @@ class ScoresWing:
     def __init__(self, spec: ModelSpec, num_slots: int) -> None:
         self.delay = spec.look_ahead_samples
         self._outputs = [output.name for output in spec.outputs]
+        self._hop = spec.hop_samples
         self._reach = spec.hop_samples - spec.look_ahead_samples
 
     def reset(self, slot: int) -> None:
@@ -73,15 +75,17 @@ class ScoresWing:
 
     def push(self, rows: Rows, outputs: Outputs) -> list[tuple[int, Message]]:
         """Return one message per row and output."""
+        last = rows.start + self._reach  # the first sample that the scores are not about
+        told = np.flatnonzero((last > rows.begin) & (last - self._hop < rows.end))
         return [
             (row, self._scores(rows, row, name, outputs[name][row]))
-            for row in range(len(rows.slots))
+            for row in told.tolist()
             for name in self._outputs
         ]
 
     def _scores(self, rows: Rows, row: int, name: str, values: NDArray[np.float32]) -> Scores:
         stream = rows.streams[row]
-        index = stream.index_at(int(rows.start[row]) + self._reach)
+        index = stream.index_at(min(int(rows.start[row]) + self._reach, int(rows.end[row])))
         return Scores(stream.name, name, index, values.shape, values.astype("<f4").tobytes())
 
 
@@ -98,11 +102,9 @@ class AudioWing:
         self._rate_hz = spec.input.rate_hz
         self._output = next(o.name for o in spec.outputs if o.meaning == "samples")
         self.sums = np.zeros((num_slots, spec.window_samples), np.float32)
-        self.first = np.full(num_slots, -1, np.int64)  # position of the first sample; -1: none yet
 
     def reset(self, slot: int) -> None:
         self.sums[slot] = 0.0
-        self.first[slot] = -1
 
     gap = reset
 
@@ -114,16 +116,13 @@ class AudioWing:
         sums[:, -hop:] = 0.0
         sums += outputs[self._output].reshape(sums.shape)
         self.sums[rows.slots] = sums
-        begin = rows.start - self.delay
-        first = self.first[rows.slots]
-        first = np.where(first < 0, rows.start, first)
-        self.first[rows.slots] = first
+        first = rows.start - self.delay
         told: list[tuple[int, Message]] = []
         for row, stream in enumerate(rows.streams):
-            skip = max(0, int(first[row] - begin[row]))
-            keep = min(hop, int(rows.end[row] - begin[row]))
+            skip = max(0, int(rows.begin[row] - first[row]))
+            keep = min(hop, int(rows.end[row] - first[row]))
             if skip < keep:
-                index = stream.index_at(int(begin[row]) + skip)
+                index = stream.index_at(int(first[row]) + skip)
                 data = sums[row, skip:keep].astype("<f4").tobytes()
                 told.append((row, Samples(stream.name, index, self._rate_hz, data)))
         return told

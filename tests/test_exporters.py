@@ -1,7 +1,7 @@
 """Every kind of net exports, and every fault that the checks are for stops an export."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,15 @@ from exporters.to_onnx import ExportError, export, states_of, to_graph  # noqa: 
 
 HOP = 16
 HEADS = {"beat": Head(1, "sigmoid"), "beat_class": Head(3, "softmax")}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny nets lose more by waiting for a second core than they win by it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def streaming_net(cell: str = "lstm", layers: int = 1, **changes: object) -> StreamingNet:

@@ -3,6 +3,7 @@
 Runs on made-up heartbeats; what needs the real records skips where they are absent.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,15 @@ needs_records = pytest.mark.skipif(not MITDB.is_dir(), reason=f"no MIT-BIH recor
 quiet = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny nets lose more by waiting for a second core than they win by it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def recording(seconds: float = 20, seed: int = 0) -> Recording:

@@ -37,7 +37,7 @@ WINDOW_S = 5.0  # of back-propagation; the state is carried further
 LANES_PER_RECORD = 2
 CLIP = 1.0  # gradient norm
 
-CLASS_LOSS = 0.2  # of the sum: the loss per beat is several times the loss per frame
+CLASS_LOSS = 0.3  # of the sum: the loss per beat is several times the loss per frame
 
 NET = NetConfig(
     heads={"beat": Head(1, "sigmoid"), "beat_class": Head(len(data.LABELS), "softmax")},
@@ -221,8 +221,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("../shared/data/ecg/mitdb"))
     parser.add_argument("--runs", type=Path, default=Path("runs/heart"), help="logs, checkpoints")
     parser.add_argument("--output", type=Path, default=model_file.BUNDLED / "heart.onnx")
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--patience", type=int, default=12, help="epochs without a better score")
+    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--patience", type=int, default=8, help="epochs without a better score")
     parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)

@@ -2,8 +2,9 @@
 
 The model gives, for every frame, the probability that a beat lies ``look_ahead`` samples before
 it, and the beat's class. A beat is a local maximum of that probability; two maxima closer than
-the refractory time are one beat, the higher. All streams are searched at once; Python is
-entered only for rows in which something was found.
+the refractory time are one beat: the higher, or the first if the probability fell under half of
+the threshold between them. All streams are searched at once; Python is entered only for rows in
+which something was found.
 """
 
 from collections.abc import Mapping
@@ -71,35 +72,33 @@ class BeatFinder:
         -------
         list of (row, Beat), rows in order, beats of a row oldest first
         """
-        probability = outputs[self._beat]
+        probability, classes = outputs[self._beat], outputs[self._class]
         busy = (probability.max(axis=1) >= THRESHOLD) | (self.height[slots] > 0)
         found: list[tuple[int, Beat]] = []
         for row in np.flatnonzero(busy).tolist():
-            found += [
-                (row, beat)
-                for beat in self._search(
-                    int(slots[row]), probability[row], outputs[self._class][row], int(start[row])
-                )
-            ]
+            beats = self._search(int(slots[row]), probability[row], classes[row], int(start[row]))
+            found += [(row, beat) for beat in beats]
         return found
 
     def _search(
         self, slot: int, probability: NDArray[np.float32], classes: NDArray[np.float32], start: int
     ) -> list[Beat]:
         stride = self._hop // len(probability)
-        beats = []
         height, place = float(self.height[slot]), int(self.place[slot])
         label, last = int(self.label[slot]), int(self.last[slot])
+        best = -1  # the candidate's frame, if it is of this step
+        beats = []
+        position = start - self._look_ahead
         for frame, p in enumerate(probability.tolist()):
-            position = start + frame * stride - self._look_ahead
-            decided = p < THRESHOLD / 2 or position - place >= self._refractory
-            if height > 0 and decided:
+            if height > 0 and (p < THRESHOLD / 2 or position - place >= self._refractory):
+                if best >= 0:
+                    label, best = int(classes[best].argmax()), -1
                 end = position + self._look_ahead + stride
                 beats.append(Beat(place, self._labels[label], height, end))
                 height, last = 0.0, place
             if p >= THRESHOLD and p > height and position - last >= self._refractory:
-                height, place = p, position
-                label = int(classes[frame].argmax())
-        self.height[slot], self.place[slot] = height, place
-        self.label[slot], self.last[slot] = label, last
+                height, place, best = p, position, frame
+            position += stride
+        self.height[slot], self.place[slot], self.last[slot] = height, place, last
+        self.label[slot] = int(classes[best].argmax()) if best >= 0 else label
         return beats

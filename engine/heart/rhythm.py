@@ -12,6 +12,7 @@ RULES = (
     Rule("ventricular_run", "ventricular_in_a_row", 3, 1, "high"),
     Rule("frequent_ventricular_beats", "ventricular_per_minute", 6, 4, "medium"),
 )
+_FREQUENT = RULES[1].raise_at
 _INTERVALS = 8  # the heart rate is of their median: one early beat does not move it
 _LONGEST_INTERVAL_S = 3.0  # a longer one is a pause or a loss of signal, not a heart rate
 
@@ -28,6 +29,7 @@ class Rhythm:
     def __init__(self, rate_hz: float) -> None:
         self._rate_hz = rate_hz
         self._last: int | None = None
+        self._first: int | None = None  # position of the first beat since lost samples
         self._intervals: deque[int] = deque(maxlen=_INTERVALS)
         self._ventricular: deque[int] = deque()
         self._run = 0
@@ -41,19 +43,24 @@ class Rhythm:
             else:
                 self._intervals.append(interval)
         self._last = position
+        if self._first is None:
+            self._first = position
         self._run = self._run + 1 if label == "V" else 0
         if label == "V":
             self._ventricular.append(position)
         while self._ventricular and position - self._ventricular[0] > 60 * self._rate_hz:
             self._ventricular.popleft()
-        return {
-            "ventricular_in_a_row": self._run,
-            "ventricular_per_minute": len(self._ventricular),
-        }
+        measures: dict[str, float] = {"ventricular_in_a_row": self._run}
+        # A count over part of a minute says "at least": enough to raise, not to resolve.
+        count = len(self._ventricular)
+        if position - self._first >= 60 * self._rate_hz or count >= _FREQUENT:
+            measures["ventricular_per_minute"] = count
+        return measures
 
     def gap(self) -> None:
-        """Forget what must not be joined over lost samples: an interval, a run."""
-        self._last = None
+        """Forget what must not be joined over lost samples: an interval, a run, a count."""
+        self._last = self._first = None
+        self._ventricular.clear()
         self._intervals.clear()
         self._run = 0
 

@@ -33,7 +33,7 @@ class HeartWing:
         """Return beats and alerts as (row, message)."""
         told: list[tuple[int, Message]] = []
         for row, beat in self.finder.push(rows.slots, outputs, rows.start):
-            if beat.position < rows.end[row]:
+            if rows.begin[row] <= beat.position < rows.end[row]:
                 slot, stream = int(rows.slots[row]), rows.streams[row]
                 told += [(row, message) for message in self._tell(slot, stream, beat)]
         return told

@@ -1,0 +1,255 @@
+"""Beats, rhythm and alerts, against a plain search of the whole record."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from engine import messages
+from engine.alerts import AlertMachine, Change, Rule
+from engine.heart.beats import Beat, BeatFinder
+from engine.heart.rhythm import RULES, Rhythm
+from engine.heart.wing import HeartWing
+from engine.model_file import ModelSpec
+from engine.wing import Rows
+from tests import tiny
+
+RATE_HZ = int(tiny.RATE_HZ)
+LOOK_AHEAD = 8
+REFRACTORY = RATE_HZ // 5
+STRIDE = tiny.STRIDE
+LEVELS = [0.0, 0.2, 0.25, 0.3, 0.49, 0.5, 0.6, 0.6, 0.9, 1.0]
+NEVER = 2**60
+
+
+def spec(frames: int = tiny.FRAMES) -> ModelSpec:
+    return tiny.spec(
+        pipeline="heart", hop_samples=frames * STRIDE, look_ahead_samples=LOOK_AHEAD
+    )
+
+
+def scores(probability: list[float]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return a record's probabilities, and classes whose greatest is a function of the frame."""
+    classes = np.zeros((len(probability), len(tiny.LABELS)), np.float32)
+    classes[np.arange(len(classes)), np.arange(len(classes)) % len(tiny.LABELS)] = 1.0
+    return np.array(probability, np.float32), classes
+
+
+def search_all(probability: list[float]) -> list[Beat]:
+    """Search a whole record: from each first maximum on until it is beaten or decided."""
+    p = np.array(probability, np.float32)
+    place = STRIDE * np.arange(len(p)) - LOOK_AHEAD
+    beats: list[Beat] = []
+    frame = 0
+    while True:
+        free = beats[-1].position + REFRACTORY if beats else -NEVER
+        openings = np.flatnonzero((p >= 0.5) & (place >= free) & (np.arange(len(p)) >= frame))
+        if not len(openings):
+            return beats
+        peak = openings[0]
+        while True:
+            after = np.arange(peak + 1, len(p))
+            closings = after[(p[after] < 0.25) | (place[after] - place[peak] >= REFRACTORY)]
+            until = closings[0] if len(closings) else len(p)
+            higher = [i for i in range(peak + 1, until) if p[i] > p[peak]]
+            if not higher:
+                break
+            peak = higher[0]
+        if not len(closings):
+            return beats
+        frame = until
+        label = tiny.LABELS[peak % len(tiny.LABELS)]
+        decided_at = STRIDE * (int(until) + 1)
+        beats.append(Beat(int(place[peak]), label, float(p[peak]), decided_at))
+
+
+def search_in_steps(records: list[list[float]], frames: int) -> list[list[Beat]]:
+    """Search some records side by side, so many frames a step."""
+    finder = BeatFinder(spec(frames), len(records))
+    found: list[list[Beat]] = [[] for _ in records]
+    made = [scores(record) for record in records]
+    for t in range(0, len(records[0]), frames):
+        outputs = {
+            "beat": np.stack([p[t : t + frames] for p, _ in made]),
+            "beat_class": np.stack([classes[t : t + frames] for _, classes in made]),
+        }
+        start = np.full(len(records), t * STRIDE)
+        for row, beat in finder.push(np.arange(len(records)), outputs, start):
+            found[row].append(beat)
+    return found
+
+
+records = st.lists(st.sampled_from(LEVELS), min_size=60, max_size=60)
+
+
+@given(rows=st.lists(records, min_size=1, max_size=3), frames=st.sampled_from([1, 5, 12, 60]))
+def test_any_step_finds_the_beats_of_the_whole_record(
+    rows: list[list[float]], frames: int
+) -> None:
+    assert search_in_steps(rows, frames) == [search_all(row) for row in rows]
+
+
+def test_two_maxima_within_the_refractory_time_are_one_beat_the_higher() -> None:
+    (found,) = search_in_steps([[0.0, 0.6, 0.3, 0.9, 0.3, 0.7, 0.0] + [0.0] * 13], 5)
+    assert [(beat.position, beat.probability) for beat in found] == [
+        (3 * STRIDE - LOOK_AHEAD, pytest.approx(0.9))
+    ]
+
+
+def test_a_row_that_was_reset_searches_as_a_new_one() -> None:
+    finder = BeatFinder(spec(), 1)
+    slot, start = np.array([0]), np.array([0])
+    p, classes = scores([0.9, 0.0, 0.0, 0.0, 0.8])
+    outputs = {"beat": p[None], "beat_class": classes[None]}
+    first = finder.push(slot, outputs, start)
+    assert finder.push(slot, outputs, start) != first  # the maximum held back, and its beat
+    finder.reset(0)
+    assert finder.push(slot, outputs, start) == first
+
+
+class Timeline(NamedTuple):
+    name: str = "s"
+    rate_hz: float = float(RATE_HZ)
+
+    def index_at(self, position: int) -> int:
+        return 1000 + position
+
+
+class Patient:
+    """A heart wing of one row, told of beats by their label; one a second."""
+
+    def __init__(self) -> None:
+        self.wing = HeartWing(spec(frames=25), 1)
+        self.wing.reset(0)
+        self.position = 0
+
+    def beat(self, label: str, begin: int = 0, end: int = NEVER) -> list[messages.Message]:
+        p, classes = scores([0.0] * 25)
+        p[10] = 1.0
+        classes[10] = np.eye(len(tiny.LABELS))[tiny.LABELS.index(label)]
+        start = np.array([self.position])
+        rows = Rows(np.array([0]), start, np.array([begin]), np.array([end]), [Timeline()])
+        self.position += RATE_HZ
+        outputs = {"beat": p[None], "beat_class": classes[None]}
+        return [message for _, message in self.wing.push(rows, outputs)]
+
+    def changes(self, labels: str) -> list[tuple[str, str]]:
+        """Return each alert that some beats change: rule and new state."""
+        told = [message for label in labels for message in self.beat(label)]
+        return [(m.rule, m.state) for m in told if isinstance(m, messages.Alert)]
+
+
+def test_a_beat_is_told_at_the_clients_index() -> None:
+    patient = Patient()
+    told = [patient.beat("N") for _ in range(3)]
+    place = 1000 + 10 * STRIDE - LOOK_AHEAD
+    expected = [
+        messages.Beat("s", index, index / RATE_HZ, "N", 1.0, decided_at, rate)
+        for index, decided_at, rate in [
+            (place, 1000 + 12 * STRIDE, None),
+            (place + 100, 1100 + 12 * STRIDE, None),
+            (place + 200, 1200 + 12 * STRIDE, 60.0),
+        ]
+    ]
+    assert told == [[beat] for beat in expected]
+
+
+def test_a_beat_before_the_beginning_or_in_the_padding_is_not_told() -> None:
+    place = 10 * STRIDE - LOOK_AHEAD
+    assert Patient().beat("N", begin=place)
+    assert not Patient().beat("N", begin=place + 1)
+    assert Patient().beat("N", end=place + 1)
+    assert not Patient().beat("N", end=place)
+
+
+def test_three_ventricular_beats_in_a_row_are_a_run_until_another_ends_it() -> None:
+    patient = Patient()
+    assert patient.changes("NVVNVV") == []
+    assert patient.changes("V") == [("ventricular_run", "active")]
+    assert patient.changes("N") == [("ventricular_run", "resolved")]
+
+
+def test_six_ventricular_beats_a_minute_are_frequent_until_fewer_than_four_are() -> None:
+    patient = Patient()
+    frequent = "frequent_ventricular_beats"
+    assert patient.changes("VN" * 5) == []
+    assert patient.changes("V") == [(frequent, "active")]
+    assert patient.changes("N" * 54) == []  # the third of six is now a minute old
+    assert patient.changes("N" * 2) == [(frequent, "resolved")]
+
+
+def test_lost_samples_neither_resolve_an_alert_nor_help_to_raise_one() -> None:
+    patient = Patient()
+    assert patient.changes("NVVV") == [("ventricular_run", "active")]
+    patient.wing.gap(0)
+    assert patient.changes("V") == []  # new data, and it does not say that the run is over
+    assert patient.changes("N") == [("ventricular_run", "resolved")]
+    patient.wing.gap(0)
+    assert patient.changes("VVN") == []  # six in all, but who knows how far apart
+
+
+def test_lost_samples_do_not_resolve_frequent_ventricular_beats() -> None:
+    patient = Patient()
+    frequent = "frequent_ventricular_beats"
+    assert (frequent, "active") in patient.changes("VN" * 6)
+    patient.wing.gap(0)
+    assert patient.changes("N" * 60) == []
+    assert patient.changes("N") == [(frequent, "resolved")]  # a whole minute was seen
+
+
+@given(
+    steps=st.lists(
+        st.tuples(st.integers(20, 700), st.sampled_from("NNV"), st.integers(0, 9)), max_size=60
+    )
+)
+def test_the_rhythm_is_that_of_the_list_of_beats(steps: list[tuple[int, str, int]]) -> None:
+    rhythm = Rhythm(RATE_HZ)
+    beats: list[tuple[int, str]] = []  # since the last gap
+    position = 0
+    for interval, label, gap in steps:
+        if gap == 0:
+            rhythm.gap()
+            beats = []
+        position += interval
+        beats.append((position, label))
+        measured = rhythm.push(position, label)
+
+        run = 0
+        while run < len(beats) and beats[-1 - run][1] == "V":
+            run += 1
+        assert measured["ventricular_in_a_row"] == run
+        within = sum(one == "V" and position - at <= 60 * RATE_HZ for at, one in beats)
+        if position - beats[0][0] >= 60 * RATE_HZ or within >= 6:
+            assert measured["ventricular_per_minute"] == within
+        else:
+            assert "ventricular_per_minute" not in measured
+
+        intervals = np.diff([at for at, _ in beats])
+        pauses = np.flatnonzero(intervals > 3 * RATE_HZ)
+        recent = intervals[pauses[-1] + 1 if len(pauses) else 0 :][-8:]
+        rate = 60 * RATE_HZ / np.median(recent) if len(recent) >= 2 else None
+        assert rhythm.heart_rate_bpm == rate
+
+
+def test_an_alert_is_told_once_and_not_cleared_at_its_own_limit() -> None:
+    rule = Rule("fast", "rate", 120.0, 100.0, "medium")
+    machine = AlertMachine((rule,))
+    told = [machine.update({"rate": value}) for value in (119, 120, 121, 119, 100, 99, 110, 120)]
+    expected = [[], ["active"], [], [], [], ["resolved"], [], ["active"]]
+    assert [[change.state for change in changes] for changes in told] == expected
+    assert told[1] == [Change(rule, "active", 120)]
+
+
+def test_a_measure_that_is_missing_changes_nothing() -> None:
+    machine = AlertMachine((Rule("fast", "rate", 120.0, 100.0, "medium"),))
+    machine.update({"rate": 130})
+    assert machine.update({}) == []
+    assert machine.update({"other": 0.0}) == []
+    assert [change.state for change in machine.update({"rate": 99})] == ["resolved"]
+
+
+def test_every_rule_clears_below_where_it_raises() -> None:
+    assert all(rule.clear_below < rule.raise_at for rule in RULES)

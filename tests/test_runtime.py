@@ -1,0 +1,307 @@
+"""One step for many streams, against a plain loop over ONNX Runtime for each stream."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import quantize_dynamic
+
+from engine import model_file, parity
+from engine.model_file import Model, Stage, State
+from engine.runtime import MICRO_BATCH, CpuRuntime
+from tests import tiny
+
+HOPS = 4
+CELLS = ["LSTM", "GRU", "RNN"]
+Results = dict[str, NDArray[np.float32]]
+
+
+def signals(rng: np.random.Generator, count: int) -> NDArray[np.float32]:
+    """Return (streams, hops, hop, 1), each stream ten times louder than the one before."""
+    loud = 10.0 ** (np.arange(count) % 4)
+    x = rng.standard_normal((count, HOPS, tiny.HOP, 1)) * loud[:, None, None, None]
+    return x.astype(np.float32)
+
+
+def plain_loop(path: Path, hops: NDArray[np.float32], copies: int = 1) -> list[Results]:
+    """Run one stream hop by hop, (hops, hop, 1), as anybody would without an engine.
+
+    ``copies`` is the number of equal rows in a call: ONNX Runtime's vanilla RNN rounds a lone
+    row in another way than two.
+    """
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    states = {
+        node.name: np.zeros((copies, tiny.HIDDEN), np.float32)
+        for node in session.get_inputs()
+        if node.name != "x"
+    }
+    results = []
+    for hop in hops:
+        feed = {"x": np.repeat(hop[None], copies, axis=0), **states}
+        names = [node.name for node in session.get_outputs()]
+        out = dict(zip(names, session.run(names, feed), strict=True))
+        states = {name: out[f"{name}_next"] for name in states}
+        results.append({name: value[0] for name, value in out.items()})
+    return results
+
+
+def stepped(
+    runtime: CpuRuntime, x: NDArray[np.float32], batches: list[NDArray[np.intp]]
+) -> list[list[Results]]:
+    """Step streams, each in its own slot, in the given batches; each stream's results."""
+    for slot in range(len(x)):
+        runtime.reset(slot)
+    done: list[list[Results]] = [[] for _ in x]
+    for slots in batches:
+        windows = np.stack([x[slot, len(done[slot])] for slot in slots])
+        outputs = runtime.step(slots, windows)
+        for row, slot in enumerate(slots):
+            done[slot].append({name: value[row].copy() for name, value in outputs.items()})
+    return done
+
+
+def lockstep(count: int) -> list[NDArray[np.intp]]:
+    return [np.arange(count)] * HOPS
+
+
+def ragged(rng: np.random.Generator, count: int, most: int) -> list[NDArray[np.intp]]:
+    """Return batches of any size and order in which each stream comes HOPS times."""
+    left = np.full(count, HOPS)
+    batches = []
+    while left.any():
+        ready = rng.permutation(np.flatnonzero(left))[: rng.integers(1, most + 1)]
+        left[ready] -= 1
+        batches.append(ready)
+    return batches
+
+
+def assert_same(found: list[Results], expected: list[Results]) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        for name, value in one.items():
+            np.testing.assert_array_equal(value, other[name])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 31, 32])
+def test_a_batch_is_each_stream_alone(
+    models: Callable[..., Path], rng: np.random.Generator, cell: str, count: int
+) -> None:
+    path = models(cell.lower(), cell)
+    x = signals(rng, count)
+    found = stepped(CpuRuntime(model_file.load(path), count), x, lockstep(count))
+    for one, signal in zip(found, x, strict=True):
+        assert_same(one, plain_loop(path, signal, copies=2 if cell == "RNN" else 1))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_ragged_batches_on_any_number_of_threads_are_each_stream_alone(
+    models: Callable[..., Path], rng: np.random.Generator, cell: str, threads: int
+) -> None:
+    path = models(cell.lower(), cell)
+    x = signals(rng, 70)
+    runtime = CpuRuntime(model_file.load(path), 70, threads)
+    most = runtime.max_rows
+    found = stepped(runtime, x, ragged(rng, 70, most))
+    for one, signal in zip(found, x, strict=True):
+        assert_same(one, plain_loop(path, signal, copies=2 if cell == "RNN" else 1))
+
+
+def test_a_full_batch_on_two_threads_is_that_on_one(
+    tiny_model: Model, rng: np.random.Generator
+) -> None:
+    two = CpuRuntime(tiny_model, 2 * MICRO_BATCH, threads=2)
+    one = CpuRuntime(tiny_model, 2 * MICRO_BATCH, threads=1)
+    assert two.max_rows == 2 * MICRO_BATCH
+    x = signals(rng, two.max_rows)
+    halves = [np.arange(MICRO_BATCH), np.arange(MICRO_BATCH, 2 * MICRO_BATCH)] * HOPS
+    for found, expected in zip(
+        stepped(two, x, lockstep(two.max_rows)), stepped(one, x, halves), strict=True
+    ):
+        assert_same(found, expected)
+
+
+def test_a_row_not_in_the_batch_does_not_change(
+    tiny_model: Model, rng: np.random.Generator
+) -> None:
+    runtime = CpuRuntime(tiny_model, 3)
+    stepped(runtime, signals(rng, 3), lockstep(3))
+    before = runtime.take(1)
+    runtime.step(np.array([2, 0]), signals(rng, 2)[:, 0])
+    np.testing.assert_array_equal(runtime.take(1), before)
+
+
+def test_a_reused_slot_equals_a_new_one_and_differs_without_reset(
+    tiny_path: Path, tiny_model: Model, rng: np.random.Generator
+) -> None:
+    runtime = CpuRuntime(tiny_model, 1)
+    first, second = signals(rng, 2)
+    stepped(runtime, first[None], lockstep(1))
+    leftover = runtime.step(np.array([0]), second[:1])["beat"][0]
+    (reused,) = stepped(runtime, second[None], lockstep(1))
+    expected = plain_loop(tiny_path, second)
+    assert_same(reused, expected)
+    assert not np.array_equal(leftover, expected[0]["beat"])
+
+
+def test_a_row_taken_out_and_put_elsewhere_goes_on(
+    tiny_path: Path, tiny_model: Model, rng: np.random.Generator
+) -> None:
+    (signal,) = signals(rng, 1)
+    here, there = CpuRuntime(tiny_model, 1), CpuRuntime(tiny_model, 4)
+    here.reset(0)
+    found = [here.step(np.array([0]), hop[None]) for hop in signal[:2]]
+    there.put(3, here.take(0))
+    found += [there.step(np.array([3]), hop[None]) for hop in signal[2:]]
+    assert_same([{k: v[0] for k, v in one.items()} for one in found], plain_loop(tiny_path, signal))
+
+
+def quantised(models: Callable[..., Path], folder: Path) -> Path:
+    """Quantise the tiny LSTM dynamically: activations get one scale over the whole batch."""
+    path = folder / "quantised.onnx"
+    quantize_dynamic(models(), path)
+    return path
+
+
+def with_common_offset(folder: Path) -> Path:
+    """Subtract the greatest sample of the whole batch from each: no row is its own."""
+    made = tiny.graph()
+    made.graph.node[0].input[0] = "below"
+    made.graph.node.insert(0, helper.make_node("ReduceMax", ["x"], ["most"]))
+    made.graph.node.insert(1, helper.make_node("Sub", ["x", "most"], ["below"]))
+    return save(made, folder)
+
+
+@pytest.fixture(params=["quantised", "common offset"])
+def mixing(
+    request: pytest.FixtureRequest, models: Callable[..., Path], tmp_path: Path
+) -> Path:
+    """Return a model whose rows change each other within a batch."""
+    if request.param == "quantised":
+        return quantised(models, tmp_path)
+    return with_common_offset(tmp_path)
+
+
+def save(made: onnx.ModelProto, folder: Path, **changes: object) -> Path:
+    statement = tiny.spec(**changes)
+    entry = made.metadata_props.add()
+    entry.key, entry.value = model_file.METADATA_KEY, model_file.encode_spec(statement)
+    onnx.save(made, folder / "model.onnx")
+    return folder / "model.onnx"
+
+
+def test_a_graph_that_mixes_its_rows_is_stepped_row_by_row(
+    mixing: Path, rng: np.random.Generator
+) -> None:
+    x = signals(rng, 8)
+    runtime = CpuRuntime(model_file.load(mixing), 8)
+    for found, signal in zip(stepped(runtime, x, lockstep(8)), x, strict=True):
+        assert_same(found, plain_loop(mixing, signal))
+    assert runtime.runs == {1: 8 * HOPS}
+
+
+def decaying(folder: Path) -> Path:
+    """Halve the state at each step, and show it."""
+    tensor = helper.make_tensor_value_info
+    half = numpy_helper.from_array(np.array(0.5, np.float32), "half")
+    made = helper.make_model(
+        helper.make_graph(
+            [
+                helper.make_node("Mul", ["h0", "half"], ["h0_next"]),
+                helper.make_node("Identity", ["x"], ["same"]),
+                helper.make_node("Add", ["h0_next", "h0_next"], ["shown"]),
+            ],
+            "decaying",
+            [
+                tensor("x", TensorProto.FLOAT, ["batch", tiny.HOP, 1]),
+                tensor("h0", TensorProto.FLOAT, ["batch", 1]),
+            ],
+            [
+                tensor("h0_next", TensorProto.FLOAT, ["batch", 1]),
+                tensor("same", TensorProto.FLOAT, ["batch", tiny.HOP, 1]),
+            ],
+            [half],
+        ),
+        opset_imports=[helper.make_opsetid("", 17)],
+    )
+    made.ir_version = 9
+    stage = Stage("x", (tiny.HOP, 1), states=(State("h0", "h0_next", (1,), initial=1.5e-38),))
+    output = model_file.Output("same", "scores")
+    return save(made, folder, stages=(stage,), outputs=(output,))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_denormal_states_are_flushed_on_every_thread(tmp_path: Path, threads: int) -> None:
+    """They would be 160-205 times slower; half of 1.5e-38 is the first of them."""
+    runtime = CpuRuntime(model_file.load(decaying(tmp_path)), MICRO_BATCH * threads, threads)
+    slots = np.arange(runtime.max_rows)
+    for slot in slots:
+        runtime.reset(slot)
+    runtime.step(slots, np.zeros((len(slots), tiny.HOP, 1), np.float32))
+    bits = np.concatenate([runtime.take(slot) for slot in slots]).view(np.int32)
+    assert not bits.any()
+
+
+def test_the_time_of_a_step_is_known_for_every_number_of_rows(tiny_model: Model) -> None:
+    runtime = CpuRuntime(tiny_model, 4, threads=2)
+    assert all(runtime.step_seconds(rows) > 0 for rows in range(1, runtime.max_rows + 1))
+
+
+def test_every_call_of_the_model_is_counted_by_its_rows(
+    tiny_model: Model, rng: np.random.Generator
+) -> None:
+    runtime = CpuRuntime(tiny_model, 3)
+    stepped(runtime, signals(rng, 3), [np.array([0, 1, 2]), np.array([1])])
+    assert runtime.runs == {3: 1, 1: 1}
+
+
+def failed(path: Path) -> dict[str, str]:
+    return {f.name: f.detail for f in parity.check(model_file.load(path)) if not f.passed}
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_sound_model_passes_every_check(models: Callable[..., Path], cell: str) -> None:
+    assert failed(models(cell.lower(), cell)) == {}
+
+
+def test_a_model_that_mixes_rows_passes_since_it_is_stepped_row_by_row(mixing: Path) -> None:
+    assert failed(mixing) == {}
+
+
+def test_a_state_that_the_graph_does_not_read_is_found(tmp_path: Path) -> None:
+    made = tiny.graph()
+    (lstm,) = [node for node in made.graph.node if node.op_type == "LSTM"]
+    lstm.input[6] = "h_in"  # an aliasing export: c begins as h
+    assert "c0" in failed(save(made, tmp_path))["inputs"]
+
+
+def test_two_states_that_are_told_one_value_are_found(tmp_path: Path) -> None:
+    made = tiny.graph()
+    (squeeze,) = [node for node in made.graph.node if node.output[0] == "c0_next"]
+    squeeze.input[0] = "h_out"
+    found = failed(save(made, tmp_path))
+    assert "c0" in found["states"]
+
+
+def test_a_signal_that_the_graph_does_not_read_is_found(tmp_path: Path) -> None:
+    made = tiny.graph()
+    zero = numpy_helper.from_array(np.array(0, np.float32), "zero")
+    made.graph.initializer.append(zero)
+    made.graph.node.insert(0, helper.make_node("Mul", ["x", "zero"], ["silence"]))
+    made.graph.node[1].input[0] = "silence"
+    assert "the signal" in failed(save(made, tmp_path))["inputs"]
+
+
+def test_an_output_that_is_not_finite_is_found(tmp_path: Path) -> None:
+    made = tiny.graph()
+    (squeeze,) = [node for node in made.graph.node if node.output[0] == "beat"]
+    squeeze.output[0] = "chance"
+    made.graph.initializer.append(numpy_helper.from_array(np.array(0, np.float32), "zero"))
+    made.graph.node.append(helper.make_node("Div", ["chance", "zero"], ["beat"]))
+    assert "beat is not finite" in failed(save(made, tmp_path))["outputs"]
