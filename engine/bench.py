@@ -41,9 +41,10 @@ class Counts(NamedTuple):
 
     cpu_seconds: float
     resident_bytes: float
-    rows: float
+    rows: float  # hops of a stream
+    steps: float
     missed_deadlines: float
-    runs: Counter[int]  # ONNX Runtime calls by their rows
+    runs: Counter[tuple[int, int]]  # ONNX Runtime calls by their rows and hops
 
     def since(self, before: "Counts") -> "Counts":
         """Return what has been added since an earlier moment."""
@@ -51,13 +52,14 @@ class Counts(NamedTuple):
             self.cpu_seconds - before.cpu_seconds,
             self.resident_bytes - before.resident_bytes,
             self.rows - before.rows,
+            self.steps - before.steps,
             self.missed_deadlines - before.missed_deadlines,
             self.runs - before.runs,
         )
 
     @property
     def rows_per_run(self) -> float:
-        return sum(rows * count for rows, count in self.runs.items()) / self.runs.total()
+        return sum(rows * count for (rows, _), count in self.runs.items()) / self.runs.total()
 
 
 class ServerProcess:
@@ -87,17 +89,18 @@ class ServerProcess:
         with urllib.request.urlopen(self.endpoints["metrics"], timeout=10) as answer:
             text = answer.read().decode()
         values: dict[str, float] = {}
-        runs: Counter[int] = Counter()
+        runs: Counter[tuple[int, int]] = Counter()
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 if sample.name == "murmur_runs_total":
-                    runs[int(sample.labels["rows"])] = int(sample.value)
+                    runs[int(sample.labels["rows"]), int(sample.labels["hops"])] = int(sample.value)
                 elif not sample.labels:
                     values[sample.name] = sample.value
         return Counts(
             values["process_cpu_seconds_total"],
             values["process_resident_memory_bytes"],
             values["murmur_rows_total"],
+            values["murmur_batch_rows_count"],
             values["murmur_missed_deadlines_total"],
             runs,
         )
@@ -133,20 +136,20 @@ def overhead(
     """Compare the server's CPU time with that of the ONNX Runtime calls that it made.
 
     In each round the server is loaded for some seconds, and then a bare loop makes the very same
-    calls, by number of rows, with the same pauses: as many in a row as a chunk has hops, and
-    the rest of the time asleep. Without the pauses the bare loop finds the weights in the cache
-    each time, which no server does that waits for its signal; that ratio is given as well.
+    calls, by number of rows and hops, with the same pauses: as many in a row as the server made
+    in a step, and the rest of the time asleep. Without the pauses the bare loop finds the weights
+    in the cache each time, which no server does that waits for its signal; that ratio is given
+    as well.
     """
     loaded = model_file.load(model)
     signal = recording()
-    hops = round(_chunk(signal) / signal.rate_hz * loaded.spec.input.rate_hz)
-    burst = max(1, hops // loaded.spec.hop_samples)
     results: list[dict[str, float]] = []
     with serving(model, max_load=1e9) as server:
         load = Load(server.address, loaded.spec.name, signal, streams, _chunk(signal))
         for _ in range(rounds):
             outcome, spent = _counted(load, server, seconds)
             chunks = outcome.chunks
+            burst = max(1, round(spent.runs.total() / spent.steps))
             paced = _bare_cpu_seconds(loaded, spent.runs, burst, seconds)
             hot = _bare_cpu_seconds(loaded, spent.runs, burst, 0.0)
             results.append(
@@ -394,24 +397,26 @@ def _percentiles(outcome: Outcome) -> dict[str, float]:
     return {f"p{p}_ms": float(v) for p, v in zip((50, 95, 99), values, strict=True)}
 
 
-def _bare_cpu_seconds(model: Model, runs: Counter[int], burst: int, seconds: float) -> float:
+def _bare_cpu_seconds(
+    model: Model, runs: Counter[tuple[int, int]], burst: int, seconds: float
+) -> float:
     """Return the CPU time of the same ONNX Runtime calls, nothing around them.
 
     Parameters
     ----------
     model : Model
     runs : Counter
-        Calls by their rows.
+        Calls by their rows and hops.
     burst : int
-        Calls of the same rows that follow one another at once.
+        Calls that follow one another at once.
     seconds : float
         Time over which to spread the bursts; 0: as fast as it goes.
     """
     rng = np.random.default_rng(0)
-    feeds = {rows: [_feed(model, rows, rng) for _ in range(8)] for rows in runs}
+    feeds = {call: [_feed(model, *call, rng) for _ in range(8)] for call in runs}
     bursts = [
-        [rows] * min(burst, count - start)
-        for rows, count in runs.items()
+        [call] * min(burst, count - start)
+        for call, count in runs.items()
         for start in range(0, count, burst)
     ]
     random.Random(0).shuffle(bursts)
@@ -420,15 +425,15 @@ def _bare_cpu_seconds(model: Model, runs: Counter[int], burst: int, seconds: flo
     for number, calls in enumerate(bursts):
         time.sleep(max(0.0, begin + number * seconds / len(bursts) - time.monotonic()))
         before = time.process_time()
-        for rows in calls:
-            session.run(names, feeds[rows][number % 8])
+        for call in calls:
+            session.run(names, feeds[call][number % 8])
         spent += time.process_time() - before
     return spent
 
 
 def _bare_steps(model: Model, count: int) -> list[float]:
     """Return the wall time of each of some calls on one row."""
-    feed = _feed(model, 1, np.random.default_rng(0))
+    feed = _feed(model, 1, 1, np.random.default_rng(0))
     session, names = model.sessions[0], [node.name for node in model.sessions[0].get_outputs()]
     seconds = []
     for _ in range(count):
@@ -438,11 +443,14 @@ def _bare_steps(model: Model, count: int) -> list[float]:
     return seconds
 
 
-def _feed(model: Model, rows: int, rng: np.random.Generator) -> dict[str, NDArray[np.float32]]:
+def _feed(
+    model: Model, rows: int, hops: int, rng: np.random.Generator
+) -> dict[str, NDArray[np.float32]]:
     """Return inputs of one call on random state and signal."""
     (stage,) = model.spec.stages
-    _, windows = random_rows(model, rows, rng)
-    feed = {stage.input: windows.reshape(rows, *stage.input_shape)}
+    first, *rest = stage.input_shape
+    samples = rng.standard_normal((rows, hops * first, *rest)).astype(np.float32)
+    feed = {stage.input: samples}
     for state in stage.states:
         value = rng.uniform(-0.9, 0.9, (rows, *state.shape)).astype(np.float32)
         feed[state.input] = np.ascontiguousarray(np.moveaxis(value, 0, state.batch_axis))

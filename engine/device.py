@@ -79,7 +79,8 @@ class DeviceRuntime:
             )
         self.model = model
         self.max_rows = buckets[-1]
-        self.runs: Counter[int] = Counter()
+        self.max_hops = 1  # the shapes of a captured graph are fixed
+        self.runs: Counter[tuple[int, int]] = Counter()
         self.initial = initial_row(model.spec.states)
         self._device, self._graphs = device, graphs
         self._stage = model.spec.stages[0]
@@ -128,7 +129,7 @@ class DeviceRuntime:
         bucket.slots.update_inplace(padded)
         self._session.run_with_iobinding(bucket.bindings[self._turn], bucket.options[self._turn])
         self._turn = (self._turn + 1) % len(self._arenas)
-        self.runs[size] += 1
+        self.runs[size, 1] += 1
         return {name: value.numpy()[:count] for name, value in bucket.outputs.items()}
 
     def step_seconds(self, rows: int) -> float:

@@ -62,7 +62,6 @@ class Lane:
         self._mark = np.full(num_slots, _NEVER)  # position at which the next ack is due
         self._held = np.zeros(num_slots, bool)  # something waits in the session's inbox
         self._end = np.full(num_slots, _NEVER)  # where a flush's padding begins
-        self._steps = np.arange(self.hop)
 
     def open(self, session: Session) -> int:
         """Give a stream a row like new; the caller has checked that one is free."""
@@ -115,19 +114,21 @@ class Lane:
         self._held[slot] = bool(session.inbox)
         return told
 
-    def step(self, slots: NDArray[np.intp]) -> list[Told]:
-        """Advance rows by one hop each and return what came of it, in order per stream.
+    def step(self, slots: NDArray[np.intp], hops: int) -> list[Told]:
+        """Advance rows by some hops each and return what came of it, in order per stream.
 
         Parameters
         ----------
         slots : (rows,) intp
-            Distinct rows that have a whole hop of samples.
+            Distinct rows that have as many hops of samples.
+        hops : int
+            At most what the runtime takes at once.
         """
         start = self._position[slots]
-        windows = self.front.push(slots, self._take_hop(slots))
+        windows = self.front.push(slots, self._take(slots, hops))
         outputs = self.runtime.step(slots, windows)
         sessions = [self.sessions[slot] for slot in slots.tolist()]
-        rows = Rows(slots, start, self._begin[slots], self._end[slots], sessions)
+        rows = Rows(slots, hops, start, self._begin[slots], self._end[slots], sessions)
         told = [Told(sessions[row], message) for row, message in self.wing.push(rows, outputs)]
         due = (self._mark[slots] <= self._position[slots]) | self._held[slots]
         for slot in slots[due].tolist():
@@ -160,13 +161,15 @@ class Lane:
         self._queue[slot, end : end + len(values)] = values
         self._fill[slot] = fill + len(values)
 
-    def _take_hop(self, slots: NDArray[np.intp]) -> NDArray[np.float32]:
-        """Return the next hop of each row, (rows, hop, channels), and move on."""
+    def _take(self, slots: NDArray[np.intp], hops: int) -> NDArray[np.float32]:
+        """Return the next hops of each row, (rows, hops * hop, channels), and move on."""
+        count = hops * self.hop
         head = self._head[slots]
-        samples: NDArray[np.float32] = self._queue[slots[:, None], head[:, None] + self._steps]
-        self._fill[slots] -= self.hop
-        self._head[slots] = head + self.hop
-        self._position[slots] += self.hop
+        places = head[:, None] + np.arange(count)
+        samples: NDArray[np.float32] = self._queue[slots[:, None], places]
+        self._fill[slots] -= count
+        self._head[slots] = head + count
+        self._position[slots] += count
         return samples
 
     def _mark_ack(self, slot: int, session: Session, ack: tuple[int, int, int]) -> None:

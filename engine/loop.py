@@ -308,16 +308,16 @@ class Engine:
     def _step(self, batch: Batch, now: float) -> None:
         lane = self._lanes[batch.lane]
         deadlines = self._scheduler.deadlines(batch)
+        hops = min(int(lane.remaining(batch.slots).min()), lane.runtime.max_hops)
         begin = self._clock()
-        told = lane.step(batch.slots)
+        told = lane.step(batch.slots, hops)
         seconds = self._clock() - begin
-        remaining = lane.remaining(batch.slots)
-        self._scheduler.stepped(batch, remaining, seconds)
+        self._scheduler.stepped(batch, hops, lane.remaining(batch.slots), seconds)
         for session, message in told:
             self._route(self._streams[session.name], [message])
         for slot in lane.ending(batch.slots):
             self._advance(self._streams[lane.sessions[slot].name], lane, now)
-        self.metrics.rows += len(batch.slots)
+        self.metrics.rows += hops * len(batch.slots)
         self.metrics.missed_deadlines += int(np.sum(now + seconds > deadlines))
         self.metrics.batch_rows.add(len(batch.slots))
         self.metrics.step_seconds.add(seconds)

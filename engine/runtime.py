@@ -7,6 +7,7 @@ breaks that, which the warm-up finds out by running it, rows are stepped in a wa
 """
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -28,6 +29,9 @@ Outputs = dict[str, NDArray[np.float32]]
 # Rows of one ONNX Runtime call on CPU. Gains saturate at 16-32 rows and larger calls lose it
 # again as the activations leave the L2 cache (benchmarks/results, `murmur bench step`).
 MICRO_BATCH = 32
+# Hops of one call, where several give the bits of one call each: enough for a chunk of a second,
+# few enough that a batch does not keep the loop from its sockets for long.
+_MAX_HOPS = 6
 _WARM_UP_RUNS = 3
 
 
@@ -38,12 +42,15 @@ class Runtime(Protocol):
     ----------
     max_rows : int
         Rows that one step takes at the most.
+    max_hops : int
+        Hops that one step advances each of its rows at the most.
     runs : Counter
-        How many calls of the model were made, by their rows.
+        How many calls of the model were made, by their rows and hops.
     """
 
     max_rows: int
-    runs: Counter[int]
+    max_hops: int
+    runs: Counter[tuple[int, int]]
 
     def reset(self, slot: int) -> None: ...
     def step(self, slots: NDArray[np.intp], windows: NDArray[np.float32]) -> Outputs: ...
@@ -66,7 +73,7 @@ class CpuRuntime:
     def __init__(self, model: Model, num_slots: int, threads: int = 1) -> None:
         self.model = model
         self._graphs = Step(model)
-        self.runs: Counter[int] = Counter()
+        self.runs: Counter[tuple[int, int]] = Counter()
         self.initial = initial_row(model.spec.states)
         self.arena = np.empty((num_slots, len(self.initial)), np.float32)
         # Threads inherit the flush-to-zero flag that the first session set in this one.
@@ -78,6 +85,7 @@ class CpuRuntime:
             self._keep_rows_apart()
         self.micro_batch = 1 if self.single else MICRO_BATCH
         self.max_rows = MICRO_BATCH * threads
+        self.max_hops = 1 if self.single else self._hops_of_a_step()
         seconds = self._warm_up()
         self._seconds = [
             0.0,
@@ -97,20 +105,23 @@ class CpuRuntime:
         self.arena[slot] = row
 
     def step(self, slots: NDArray[np.intp], windows: NDArray[np.float32]) -> Outputs:
-        """Advance some rows by one hop; the others do not change.
+        """Advance some rows by one hop or several; the others do not change.
 
         Parameters
         ----------
         slots : (rows,) intp
             Distinct rows, at most ``max_rows``.
         windows : (rows, window, channels) float32
+            Or, for several hops, (rows, hops * window, channels); at most ``max_hops``.
 
         Returns
         -------
-        dict of the stated outputs, each (rows, ...) float32
+        dict of the stated outputs, each (rows, ...) float32; the first axis after the rows is
+        as many times longer as there are hops
         """
         parts = list(self._micro_batches(len(slots)))
-        self.runs.update(part.stop - part.start for part in parts)
+        hops = windows.shape[1] // self.model.spec.window_samples
+        self.runs.update((part.stop - part.start, hops) for part in parts)
         # A core that takes part must first fetch the weights, which costs as much as some ten
         # rows (docs/decisions.md); only a full batch says that there is work for all of them.
         if len(slots) < self.max_rows or self._workers is None:
@@ -172,6 +183,47 @@ class CpuRuntime:
         start = time.perf_counter()
         self._run(rows.copy(), windows)
         return time.perf_counter() - start
+
+    def _hops_of_a_step(self) -> int:
+        """Return how many hops one call may take, found out by running it.
+
+        A recurrent operator gives the same bits whether it is called once for many frames or
+        many times; a convolution may not, nor may another processor's kernels.
+        """
+        spec = self.model.spec
+        stage = spec.stages[0]
+        samples_in = len(spec.stages) == 1 and stage.features == "raw"
+        apart = spec.window_samples == spec.hop_samples == stage.input_shape[0]
+        if not samples_in or not apart or isinstance(self._time_axis(stage), int):
+            return 1
+        rng = np.random.default_rng(2)
+        for count in (1, 2, MICRO_BATCH):
+            rows, _ = random_rows(self.model, count, rng)
+            shape = (count, _MAX_HOPS * spec.hop_samples, spec.input.channels)
+            samples = rng.standard_normal(shape).astype(np.float32)
+            if not self._same_over_time(rows, samples):
+                return 1
+        return _MAX_HOPS
+
+    def _time_axis(self, stage: Stage) -> int | str | None:
+        """Return what the graph says of the axis behind the batch: a number if it is fixed."""
+        nodes = {node.name: node for node in self.model.sessions[0].get_inputs()}
+        axis: int | str | None = nodes[stage.input].shape[1]
+        return axis
+
+    def _same_over_time(self, rows: NDArray[np.float32], samples: NDArray[np.float32]) -> bool:
+        stepped, at_once = rows.copy(), rows.copy()
+        hops = np.split(samples, _MAX_HOPS, axis=1)
+        parts = [self._run(stepped, hop) for hop in hops]
+        try:
+            whole = self._run(at_once, samples)
+        except Exception:  # noqa: BLE001 - onnxruntime raises a class for each status
+            return False  # the graph does not keep what it says of its time axis
+        return np.array_equal(stepped, at_once) and all(
+            value.ndim > 1
+            and np.array_equal(value, np.concatenate([part[name] for part in parts], axis=1))
+            for name, value in whole.items()
+        )
 
     def _keep_rows_apart(self) -> None:
         """Find out how rows must be batched so that neighbours do not change their bits.
@@ -276,6 +328,7 @@ class _StageStep:
     ) -> None:
         self.stage = stage
         self._session = session
+        self._row_size = math.prod(stage.input_shape)
         self._wanted = wanted
         self._names = wanted + [state.output for state in stage.states]
         self._columns: list[_Column] = []
@@ -292,7 +345,7 @@ class _StageStep:
         count = len(windows)
         tensor = features.extract(self.stage.features, windows)
         feed: dict[str, Array] = dict(self._constants)
-        feed[self.stage.input] = tensor.reshape(count, *self.stage.input_shape)
+        feed[self.stage.input] = tensor.reshape(count, *self._shape_of(tensor))
         for name, place, row_shape, batch_axis in self._columns:
             part = rows[:, place].reshape(count, *row_shape)
             feed[name] = np.moveaxis(part, 0, batch_axis).copy() if batch_axis else part
@@ -302,3 +355,9 @@ class _StageStep:
             back = np.moveaxis(state, batch_axis, 0) if batch_axis else state
             rows[:, place] = back.reshape(count, -1)
         return dict(zip(self._wanted, results, strict=False))
+
+    def _shape_of(self, tensor: NDArray[np.float32]) -> tuple[int, ...]:
+        """Return the graph's shape of a row, longer by as many times as there are hops."""
+        first, *rest = self.stage.input_shape
+        hops = tensor[0].size // self._row_size
+        return (hops * first, *rest)

@@ -97,17 +97,19 @@ class _Lane:
         if self.deadline[slot] - hops * self.step - _MARGIN < self.limit:
             self.until = -np.inf
 
-    def stepped(self, slots: NDArray[np.intp], hops: NDArray[np.int64]) -> None:
+    def stepped(self, slots: NDArray[np.intp], taken: int, hops: NDArray[np.int64]) -> None:
         self.until = -np.inf
         self.hops[slots] = hops
-        self.urgent_hops[slots] -= 1
+        self.urgent_hops[slots] -= taken
         for slot in slots[hops == 0].tolist():
             self.remove(slot)
         for slot in slots[(hops > 0) & (self.urgent_hops[slots] <= 0)].tolist():
-            later = self.later.get(slot)
-            self.urgent_hops[slot], self.deadline[slot] = (
-                later.popleft() if later else (self.hops[slot], self.newest[slot])
-            )
+            later = self.later.get(slot, ())
+            while self.urgent_hops[slot] <= 0:
+                more, self.deadline[slot] = (
+                    later.popleft() if later else (self.hops[slot], self.newest[slot])
+                )
+                self.urgent_hops[slot] += more
 
     def remove(self, slot: int) -> None:
         self.ready.pop(slot, None)
@@ -167,11 +169,22 @@ class Scheduler:
         """
         self._lanes[lane].arrived(slot, hops, deadline, now)
 
-    def stepped(self, batch: Batch, hops: NDArray[np.int64], seconds: float) -> None:
-        """Note the hops that each row of a finished batch still has, and what the step took."""
+    def stepped(self, batch: Batch, taken: int, hops: NDArray[np.int64], seconds: float) -> None:
+        """Note a finished batch.
+
+        Parameters
+        ----------
+        batch : Batch
+        taken : int
+            Hops that each row was advanced.
+        hops : (rows,) int64
+            Hops that each row still has.
+        seconds : float
+            What the step took.
+        """
         lane = self._lanes[batch.lane]
-        lane.stepped(batch.slots, hops)
-        ratio = seconds / lane.terms.step_seconds(len(batch.slots))
+        lane.stepped(batch.slots, taken, hops)
+        ratio = seconds / (taken * lane.terms.step_seconds(len(batch.slots)))
         lane.slowness += _SMOOTHING * (min(max(ratio, 1.0), _SLOWEST) - lane.slowness)
 
     def removed(self, lane: str, slot: int) -> None:

@@ -5,7 +5,7 @@ the outputs of one step for some rows, and returns the results to be told. :clas
 and :class:`AudioWing` serve any model; ``engine/heart`` is a wing of its own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -31,6 +31,7 @@ class Rows(NamedTuple):
     """Whose outputs a step's are. Positions count a stream's samples at the model's rate."""
 
     slots: NDArray[np.intp]
+    hops: int  # that the step advanced each row; outputs have so many times the frames
     start: NDArray[np.int64]  # position of the step's first new sample
     begin: NDArray[np.int64]  # where the stream began anew: no result lies before
     end: NDArray[np.int64]  # where a flush's padding begins: no result lies there or later
@@ -59,6 +60,18 @@ class Wing(Protocol):
         """Return results as (row, message), those of a row in the order of time."""
 
 
+def each_hop(rows: Rows, outputs: Outputs, hop: int) -> Iterator[tuple[Rows, Outputs]]:
+    """Yield the rows and outputs of a step hop by hop, as if it had been taken so."""
+    if rows.hops == 1:
+        yield rows, outputs
+        return
+    parts = {name: np.split(value, rows.hops, axis=1) for name, value in outputs.items()}
+    for number in range(rows.hops):
+        start = rows.start + number * hop
+        part = {name: values[number] for name, values in parts.items()}
+        yield rows._replace(hops=1, start=start), part
+
+
 class ScoresWing:
     """Each output of each step as it is."""
 
@@ -74,7 +87,14 @@ class ScoresWing:
     gap = reset
 
     def push(self, rows: Rows, outputs: Outputs) -> list[tuple[int, Message]]:
-        """Return one message per row and output."""
+        """Return one message per row, hop and output."""
+        return [
+            told
+            for hop_rows, hop_outputs in each_hop(rows, outputs, self._hop)
+            for told in self._tell(hop_rows, hop_outputs)
+        ]
+
+    def _tell(self, rows: Rows, outputs: Outputs) -> list[tuple[int, Message]]:
         last = rows.start + self._reach  # the first sample that the scores are not about
         told = np.flatnonzero((last > rows.begin) & (last - self._hop < rows.end))
         return [
@@ -110,6 +130,13 @@ class AudioWing:
 
     def push(self, rows: Rows, outputs: Outputs) -> list[tuple[int, Message]]:
         """Return the samples that each row's step completed."""
+        return [
+            told
+            for hop_rows, hop_outputs in each_hop(rows, outputs, self._hop)
+            for told in self._add(hop_rows, hop_outputs)
+        ]
+
+    def _add(self, rows: Rows, outputs: Outputs) -> list[tuple[int, Message]]:
         hop = self._hop
         sums = self.sums[rows.slots]
         sums[:, :-hop] = sums[:, hop:]

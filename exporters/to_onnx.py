@@ -212,10 +212,47 @@ class _Layer(nn.Module):
             self.register_buffer(name, value.unsqueeze(0))
 
 
+class _FramedConv(nn.Module):
+    """Stands for a convolution during export: each frame's samples times one matrix.
+
+    ONNX Runtime's *Conv* rounds a frame differently with the number of frames that are computed
+    with it; a row of its matrix product does not. So several hops can be run in one call and
+    give the bits of one call each, as its recurrent operators do.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, conv: nn.Conv1d) -> None:
+        super().__init__()
+        (self.kernel,), (self.stride,) = conv.kernel_size, conv.stride
+        outputs, inputs, _ = conv.weight.shape
+        weight = conv.weight.detach().permute(2, 1, 0).reshape(self.kernel * inputs, outputs)
+        bias = conv.bias.detach() if conv.bias is not None else weight.new_zeros(outputs)
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As ``nn.Conv1d``: (N, C, T) in, (N, outputs, frames) out."""
+        blocks = x.transpose(1, 2).reshape(x.shape[0], -1, self.stride * x.shape[1])
+        per_frame = self.kernel // self.stride
+        frames = blocks.shape[1] - per_frame + 1
+        seen = torch.cat([blocks[:, j : j + frames] for j in range(per_frame)], dim=2)
+        y: Tensor = seen @ self.weight + self.bias
+        return y.transpose(1, 2)
+
+
+def _can_be_framed(conv: nn.Conv1d) -> bool:
+    plain = conv.padding == (0,) and conv.dilation == (1,) and conv.groups == 1
+    return plain and conv.kernel_size[0] % conv.stride[0] == 0
+
+
 def _with_onnx_ops(net: nn.Module) -> nn.Module:
-    """Return a copy whose recurrent modules emit ONNX operators."""
+    """Return a copy whose modules are those that export well, and that run well when batched."""
     if isinstance(net, nn.RNNBase):
         return _OnnxRecurrent(net)
+    if isinstance(net, nn.Conv1d) and _can_be_framed(net):
+        return _FramedConv(net)
     net = copy.deepcopy(net)
     for name, child in net.named_children():
         setattr(net, name, _with_onnx_ops(child))

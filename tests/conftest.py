@@ -39,10 +39,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return a writer of tiny model files, each written once."""
     folder = tmp_path_factory.mktemp("models")
 
-    def write(name: str = "tiny", cell: str = "LSTM", **changes: object) -> Path:
+    def write(
+        name: str = "tiny", cell: str = "LSTM", time: int | str = "samples", **changes: object
+    ) -> Path:
         path = folder / f"{name}.onnx"
         if not path.exists():
-            tiny.write(folder, tiny.spec(name, cell, **changes), cell)
+            tiny.write(folder, tiny.spec(name, cell, **changes), cell, time=time)
         return path
 
     return write
@@ -50,7 +52,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def tiny_path(models: Callable[..., Path]) -> Path:
-    """The LSTM as it is: scores, hop of 20 samples at 100 Hz, in mV."""
+    """The LSTM as it is: scores, hop of 20 samples at 100 Hz, in mV; several hops in a call."""
     return models()
 
 

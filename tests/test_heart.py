@@ -15,7 +15,7 @@ from engine.heart.rhythm import RULES, Rhythm
 from engine.heart.wing import HeartWing
 from engine.model_file import ModelSpec
 from engine.wing import Rows
-from tests import tiny
+from tests import plain, tiny
 
 RATE_HZ = int(tiny.RATE_HZ)
 LOOK_AHEAD = 8
@@ -25,10 +25,8 @@ LEVELS = [0.0, 0.2, 0.25, 0.3, 0.49, 0.5, 0.6, 0.6, 0.9, 1.0]
 NEVER = 2**60
 
 
-def spec(frames: int = tiny.FRAMES) -> ModelSpec:
-    return tiny.spec(
-        pipeline="heart", hop_samples=frames * STRIDE, look_ahead_samples=LOOK_AHEAD
-    )
+def spec(frames: int) -> ModelSpec:
+    return tiny.spec(pipeline="heart", hop_samples=frames * STRIDE, look_ahead_samples=LOOK_AHEAD)
 
 
 def scores(probability: list[float]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -39,45 +37,29 @@ def scores(probability: list[float]) -> tuple[NDArray[np.float32], NDArray[np.fl
 
 
 def search_all(probability: list[float]) -> list[Beat]:
-    """Search a whole record: from each first maximum on until it is beaten or decided."""
-    p = np.array(probability, np.float32)
+    p, _ = scores(probability)
     place = STRIDE * np.arange(len(p)) - LOOK_AHEAD
-    beats: list[Beat] = []
-    frame = 0
-    while True:
-        free = beats[-1].position + REFRACTORY if beats else -NEVER
-        openings = np.flatnonzero((p >= 0.5) & (place >= free) & (np.arange(len(p)) >= frame))
-        if not len(openings):
-            return beats
-        peak = openings[0]
-        while True:
-            after = np.arange(peak + 1, len(p))
-            closings = after[(p[after] < 0.25) | (place[after] - place[peak] >= REFRACTORY)]
-            until = closings[0] if len(closings) else len(p)
-            higher = [i for i in range(peak + 1, until) if p[i] > p[peak]]
-            if not higher:
-                break
-            peak = higher[0]
-        if not len(closings):
-            return beats
-        frame = until
-        label = tiny.LABELS[peak % len(tiny.LABELS)]
-        decided_at = STRIDE * (int(until) + 1)
-        beats.append(Beat(int(place[peak]), label, float(p[peak]), decided_at))
+    return [
+        Beat(int(place[peak]), tiny.LABELS[peak % 5], float(p[peak]), STRIDE * (decided + 1))
+        for peak, decided in plain.peaks(p, place, REFRACTORY)
+    ]
 
 
-def search_in_steps(records: list[list[float]], frames: int) -> list[list[Beat]]:
-    """Search some records side by side, so many frames a step."""
+def search_in_steps(
+    records: list[list[float]], frames: int = tiny.FRAMES, hops: int = 1
+) -> list[list[Beat]]:
+    """Search some records side by side, so many frames a hop and hops a step."""
     finder = BeatFinder(spec(frames), len(records))
     found: list[list[Beat]] = [[] for _ in records]
     made = [scores(record) for record in records]
+    frames *= hops
     for t in range(0, len(records[0]), frames):
         outputs = {
             "beat": np.stack([p[t : t + frames] for p, _ in made]),
             "beat_class": np.stack([classes[t : t + frames] for _, classes in made]),
         }
         start = np.full(len(records), t * STRIDE)
-        for row, beat in finder.push(np.arange(len(records)), outputs, start):
+        for row, beat in finder.push(np.arange(len(records)), outputs, start, hops):
             found[row].append(beat)
     return found
 
@@ -85,22 +67,26 @@ def search_in_steps(records: list[list[float]], frames: int) -> list[list[Beat]]
 records = st.lists(st.sampled_from(LEVELS), min_size=60, max_size=60)
 
 
-@given(rows=st.lists(records, min_size=1, max_size=3), frames=st.sampled_from([1, 5, 12, 60]))
+@given(
+    rows=st.lists(records, min_size=1, max_size=3),
+    frames=st.sampled_from([1, 5, 10]),
+    hops=st.sampled_from([1, 2, 6]),
+)
 def test_any_step_finds_the_beats_of_the_whole_record(
-    rows: list[list[float]], frames: int
+    rows: list[list[float]], frames: int, hops: int
 ) -> None:
-    assert search_in_steps(rows, frames) == [search_all(row) for row in rows]
+    assert search_in_steps(rows, frames, hops) == [search_all(row) for row in rows]
 
 
 def test_two_maxima_within_the_refractory_time_are_one_beat_the_higher() -> None:
-    (found,) = search_in_steps([[0.0, 0.6, 0.3, 0.9, 0.3, 0.7, 0.0] + [0.0] * 13], 5)
+    (found,) = search_in_steps([[0.0, 0.6, 0.3, 0.9, 0.3, 0.7, 0.0] + [0.0] * 13])
     assert [(beat.position, beat.probability) for beat in found] == [
         (3 * STRIDE - LOOK_AHEAD, pytest.approx(0.9))
     ]
 
 
 def test_a_row_that_was_reset_searches_as_a_new_one() -> None:
-    finder = BeatFinder(spec(), 1)
+    finder = BeatFinder(spec(tiny.FRAMES), 1)
     slot, start = np.array([0]), np.array([0])
     p, classes = scores([0.9, 0.0, 0.0, 0.0, 0.8])
     outputs = {"beat": p[None], "beat_class": classes[None]}
@@ -130,8 +116,14 @@ class Patient:
         p, classes = scores([0.0] * 25)
         p[10] = 1.0
         classes[10] = np.eye(len(tiny.LABELS))[tiny.LABELS.index(label)]
-        start = np.array([self.position])
-        rows = Rows(np.array([0]), start, np.array([begin]), np.array([end]), [Timeline()])
+        rows = Rows(
+            slots=np.array([0]),
+            hops=1,
+            start=np.array([self.position]),
+            begin=np.array([begin]),
+            end=np.array([end]),
+            streams=[Timeline()],
+        )
         self.position += RATE_HZ
         outputs = {"beat": p[None], "beat_class": classes[None]}
         return [message for _, message in self.wing.push(rows, outputs)]

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
@@ -14,11 +13,11 @@ from onnxruntime.quantization import quantize_dynamic
 from engine import model_file, parity
 from engine.model_file import Model, Stage, State
 from engine.runtime import MICRO_BATCH, CpuRuntime
-from tests import tiny
+from tests import plain, tiny
+from tests.plain import Results
 
 HOPS = 4
 CELLS = ["LSTM", "GRU", "RNN"]
-Results = dict[str, NDArray[np.float32]]
 
 
 def signals(rng: np.random.Generator, count: int) -> NDArray[np.float32]:
@@ -26,28 +25,6 @@ def signals(rng: np.random.Generator, count: int) -> NDArray[np.float32]:
     loud = 10.0 ** (np.arange(count) % 4)
     x = rng.standard_normal((count, HOPS, tiny.HOP, 1)) * loud[:, None, None, None]
     return x.astype(np.float32)
-
-
-def plain_loop(path: Path, hops: NDArray[np.float32], copies: int = 1) -> list[Results]:
-    """Run one stream hop by hop, (hops, hop, 1), as anybody would without an engine.
-
-    ``copies`` is the number of equal rows in a call: ONNX Runtime's vanilla RNN rounds a lone
-    row in another way than two.
-    """
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-    states = {
-        node.name: np.zeros((copies, tiny.HIDDEN), np.float32)
-        for node in session.get_inputs()
-        if node.name != "x"
-    }
-    results = []
-    for hop in hops:
-        feed = {"x": np.repeat(hop[None], copies, axis=0), **states}
-        names = [node.name for node in session.get_outputs()]
-        out = dict(zip(names, session.run(names, feed), strict=True))
-        states = {name: out[f"{name}_next"] for name in states}
-        results.append({name: value[0] for name, value in out.items()})
-    return results
 
 
 def stepped(
@@ -96,7 +73,7 @@ def test_a_batch_is_each_stream_alone(
     x = signals(rng, count)
     found = stepped(CpuRuntime(model_file.load(path), count), x, lockstep(count))
     for one, signal in zip(found, x, strict=True):
-        assert_same(one, plain_loop(path, signal, copies=2 if cell == "RNN" else 1))
+        assert_same(one, plain.loop(path, signal, copies=2 if cell == "RNN" else 1))
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -110,7 +87,7 @@ def test_ragged_batches_on_any_number_of_threads_are_each_stream_alone(
     most = runtime.max_rows
     found = stepped(runtime, x, ragged(rng, 70, most))
     for one, signal in zip(found, x, strict=True):
-        assert_same(one, plain_loop(path, signal, copies=2 if cell == "RNN" else 1))
+        assert_same(one, plain.loop(path, signal, copies=2 if cell == "RNN" else 1))
 
 
 def test_a_full_batch_on_two_threads_is_that_on_one(
@@ -125,6 +102,72 @@ def test_a_full_batch_on_two_threads_is_that_on_one(
         stepped(two, x, lockstep(two.max_rows)), stepped(one, x, halves), strict=True
     ):
         assert_same(found, expected)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_several_hops_in_one_call_are_as_many_calls(
+    models: Callable[..., Path], rng: np.random.Generator, cell: str
+) -> None:
+    path = models(cell.lower(), cell)
+    x = signals(rng, 3)
+    runtime = CpuRuntime(model_file.load(path), 3)
+    assert runtime.max_hops >= HOPS
+    for slot in range(3):
+        runtime.reset(slot)
+    found = runtime.step(np.arange(3), x.reshape(3, HOPS * tiny.HOP, 1))
+    for row, signal in enumerate(x):
+        alone = plain.loop(path, signal, copies=2 if cell == "RNN" else 1)
+        for name, value in found.items():
+            np.testing.assert_array_equal(value[row], np.concatenate([a[name] for a in alone]))
+        state = np.concatenate([alone[-1][f"{s.input}_next"] for s in runtime.model.spec.states])
+        np.testing.assert_array_equal(runtime.take(row), state)
+
+
+def one_score(folder: Path) -> Path:
+    """Give one number a call, whatever its length."""
+    made = tiny.graph(time="samples")
+    made.graph.node.append(
+        helper.make_node("ReduceMean", ["beat"], ["score"], axes=[1], keepdims=0)
+    )
+    made.graph.output[0].CopyFrom(
+        helper.make_tensor_value_info("score", TensorProto.FLOAT, ["batch"])
+    )
+    outputs = (model_file.Output("score", "scores"),)
+    return tiny.write(folder, tiny.spec(outputs=outputs), made=made)
+
+
+def a_length_that_is_not_said(folder: Path) -> Path:
+    """Declare any length and take one: a sum with a constant of twenty samples."""
+    made = tiny.graph(time="samples")
+    made.graph.node[0].input[0] = "shifted"
+    made.graph.initializer.append(
+        numpy_helper.from_array(np.ones((tiny.HOP, 1), np.float32), "shift")
+    )
+    made.graph.node.insert(0, helper.make_node("Add", ["x", "shift"], ["shifted"]))
+    return tiny.write(folder, made=made)
+
+
+def a_look_back(folder: Path) -> Path:
+    """Subtract a call's first sample from all of it: a call is not two."""
+    made = tiny.graph(time="samples")
+    made.graph.node[0].input[0] = "moved"
+    zero = numpy_helper.from_array(np.array([0]), "begin")
+    made.graph.initializer.append(zero)
+    made.graph.node.insert(0, helper.make_node("Gather", ["x", "begin"], ["first_x"], axis=1))
+    made.graph.node.insert(1, helper.make_node("Sub", ["x", "first_x"], ["moved"]))
+    return tiny.write(folder, made=made)
+
+
+@pytest.mark.parametrize("write", [one_score, a_length_that_is_not_said, a_look_back])
+def test_a_graph_that_takes_one_hop_a_call_is_stepped_hop_by_hop(
+    tmp_path: Path, rng: np.random.Generator, write: Callable[[Path], Path]
+) -> None:
+    path = write(tmp_path)
+    x = signals(rng, 3)
+    runtime = CpuRuntime(model_file.load(path), 3)
+    assert runtime.max_hops == 1
+    for found, signal in zip(stepped(runtime, x, lockstep(3)), x, strict=True):
+        assert_same(found, plain.loop(path, signal))
 
 
 def test_a_row_not_in_the_batch_does_not_change(
@@ -145,7 +188,7 @@ def test_a_reused_slot_equals_a_new_one_and_differs_without_reset(
     stepped(runtime, first[None], lockstep(1))
     leftover = runtime.step(np.array([0]), second[:1])["beat"][0]
     (reused,) = stepped(runtime, second[None], lockstep(1))
-    expected = plain_loop(tiny_path, second)
+    expected = plain.loop(tiny_path, second)
     assert_same(reused, expected)
     assert not np.array_equal(leftover, expected[0]["beat"])
 
@@ -159,7 +202,7 @@ def test_a_row_taken_out_and_put_elsewhere_goes_on(
     found = [here.step(np.array([0]), hop[None]) for hop in signal[:2]]
     there.put(3, here.take(0))
     found += [there.step(np.array([3]), hop[None]) for hop in signal[2:]]
-    assert_same([{k: v[0] for k, v in one.items()} for one in found], plain_loop(tiny_path, signal))
+    assert_same([{k: v[0] for k, v in one.items()} for one in found], plain.loop(tiny_path, signal))
 
 
 def quantised(models: Callable[..., Path], folder: Path) -> Path:
@@ -175,7 +218,7 @@ def with_common_offset(folder: Path) -> Path:
     made.graph.node[0].input[0] = "below"
     made.graph.node.insert(0, helper.make_node("ReduceMax", ["x"], ["most"]))
     made.graph.node.insert(1, helper.make_node("Sub", ["x", "most"], ["below"]))
-    return save(made, folder)
+    return tiny.write(folder, made=made)
 
 
 @pytest.fixture(params=["quantised", "common offset"])
@@ -188,12 +231,14 @@ def mixing(
     return with_common_offset(tmp_path)
 
 
-def save(made: onnx.ModelProto, folder: Path, **changes: object) -> Path:
-    statement = tiny.spec(**changes)
-    entry = made.metadata_props.add()
-    entry.key, entry.value = model_file.METADATA_KEY, model_file.encode_spec(statement)
-    onnx.save(made, folder / "model.onnx")
-    return folder / "model.onnx"
+@pytest.fixture(params=["quantised", "common offset"])
+def mixing(
+    request: pytest.FixtureRequest, models: Callable[..., Path], tmp_path: Path
+) -> Path:
+    """Return a model whose rows change each other within a batch."""
+    if request.param == "quantised":
+        return quantised(models, tmp_path)
+    return with_common_offset(tmp_path)
 
 
 def test_a_graph_that_mixes_its_rows_is_stepped_row_by_row(
@@ -202,12 +247,12 @@ def test_a_graph_that_mixes_its_rows_is_stepped_row_by_row(
     x = signals(rng, 8)
     runtime = CpuRuntime(model_file.load(mixing), 8)
     for found, signal in zip(stepped(runtime, x, lockstep(8)), x, strict=True):
-        assert_same(found, plain_loop(mixing, signal))
-    assert runtime.runs == {1: 8 * HOPS}
+        assert_same(found, plain.loop(mixing, signal))
+    assert runtime.runs == {(1, 1): 8 * HOPS}
 
 
 def decaying(folder: Path) -> Path:
-    """Halve the state at each step, and show it."""
+    """Halve the state at each step."""
     tensor = helper.make_tensor_value_info
     half = numpy_helper.from_array(np.array(0.5, np.float32), "half")
     made = helper.make_model(
@@ -215,7 +260,6 @@ def decaying(folder: Path) -> Path:
             [
                 helper.make_node("Mul", ["h0", "half"], ["h0_next"]),
                 helper.make_node("Identity", ["x"], ["same"]),
-                helper.make_node("Add", ["h0_next", "h0_next"], ["shown"]),
             ],
             "decaying",
             [
@@ -233,7 +277,7 @@ def decaying(folder: Path) -> Path:
     made.ir_version = 9
     stage = Stage("x", (tiny.HOP, 1), states=(State("h0", "h0_next", (1,), initial=1.5e-38),))
     output = model_file.Output("same", "scores")
-    return save(made, folder, stages=(stage,), outputs=(output,))
+    return tiny.write(folder, tiny.spec(stages=(stage,), outputs=(output,)), made=made)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -258,7 +302,7 @@ def test_every_call_of_the_model_is_counted_by_its_rows(
 ) -> None:
     runtime = CpuRuntime(tiny_model, 3)
     stepped(runtime, signals(rng, 3), [np.array([0, 1, 2]), np.array([1])])
-    assert runtime.runs == {3: 1, 1: 1}
+    assert runtime.runs == {(3, 1): 1, (1, 1): 1}
 
 
 def failed(path: Path) -> dict[str, str]:
@@ -278,14 +322,14 @@ def test_a_state_that_the_graph_does_not_read_is_found(tmp_path: Path) -> None:
     made = tiny.graph()
     (lstm,) = [node for node in made.graph.node if node.op_type == "LSTM"]
     lstm.input[6] = "h_in"  # an aliasing export: c begins as h
-    assert "c0" in failed(save(made, tmp_path))["inputs"]
+    assert "c0" in failed(tiny.write(tmp_path, made=made))["inputs"]
 
 
 def test_two_states_that_are_told_one_value_are_found(tmp_path: Path) -> None:
     made = tiny.graph()
     (squeeze,) = [node for node in made.graph.node if node.output[0] == "c0_next"]
     squeeze.input[0] = "h_out"
-    found = failed(save(made, tmp_path))
+    found = failed(tiny.write(tmp_path, made=made))
     assert "c0" in found["states"]
 
 
@@ -295,7 +339,7 @@ def test_a_signal_that_the_graph_does_not_read_is_found(tmp_path: Path) -> None:
     made.graph.initializer.append(zero)
     made.graph.node.insert(0, helper.make_node("Mul", ["x", "zero"], ["silence"]))
     made.graph.node[1].input[0] = "silence"
-    assert "the signal" in failed(save(made, tmp_path))["inputs"]
+    assert "the signal" in failed(tiny.write(tmp_path, made=made))["inputs"]
 
 
 def test_an_output_that_is_not_finite_is_found(tmp_path: Path) -> None:
@@ -304,4 +348,4 @@ def test_an_output_that_is_not_finite_is_found(tmp_path: Path) -> None:
     squeeze.output[0] = "chance"
     made.graph.initializer.append(numpy_helper.from_array(np.array(0, np.float32), "zero"))
     made.graph.node.append(helper.make_node("Div", ["chance", "zero"], ["beat"]))
-    assert "beat is not finite" in failed(save(made, tmp_path))["outputs"]
+    assert "beat is not finite" in failed(tiny.write(tmp_path, made=made))["outputs"]

@@ -40,7 +40,7 @@ def go(scheduler: Scheduler, now: float, left: int = 0) -> list[int]:
     batch = scheduler.next(now)
     assert isinstance(batch, Batch)
     hops = np.full(len(batch.slots), left)
-    scheduler.stepped(batch, hops, step_seconds(len(batch.slots)))
+    scheduler.stepped(batch, 1, hops, step_seconds(len(batch.slots)))
     return batch.slots.tolist()
 
 
@@ -57,7 +57,7 @@ def live(scheduler: Scheduler, slots: list[int], spacing: float = 0.01) -> float
     """Let some streams send a hop each, in turn; return when the first is due again."""
     for place, slot in enumerate(slots):
         arrive(scheduler, slot, place * spacing)
-        scheduler.stepped(Batch("a", np.array([slot])), np.array([0]), STEP_S)
+        scheduler.stepped(Batch("a", np.array([slot])), 1, np.array([0]), STEP_S)
     return HOP_S
 
 
@@ -152,7 +152,7 @@ def test_a_hop_keeps_the_deadline_of_its_own_arrival(scheduler: Scheduler) -> No
         batch = scheduler.next(1.0)
         assert isinstance(batch, Batch)
         seen += scheduler.deadlines(batch).tolist()
-        scheduler.stepped(batch, np.array([left]), STEP_S)
+        scheduler.stepped(batch, 1, np.array([left]), STEP_S)
     assert seen == pytest.approx([BUDGET_S, BUDGET_S, 0.03 + BUDGET_S])
 
 
@@ -226,7 +226,7 @@ def test_with_capacity_every_hop_is_stepped_before_its_deadline(
             for slot in rows:
                 assert waiting[slot].pop(0) >= now
             left = np.array([len(waiting[slot]) for slot in rows])
-            scheduler.stepped(decision, left, step_seconds(len(rows)))
+            scheduler.stepped(decision, 1, left, step_seconds(len(rows)))
         elif decision.until is None:
             assert not any(waiting.values()), "ready rows, and nothing will ever wake them"
             now = arrivals[0][0] if arrivals else now

@@ -20,7 +20,7 @@ from exporters.net import Conv, Head, NetConfig, StreamingNet  # noqa: E402
 from exporters.to_onnx import export  # noqa: E402
 from training import augment, data, evaluate, heart  # noqa: E402
 from training.data import Recording  # noqa: E402
-from training.lanes import HeartData, Lanes, Window, filter_all  # noqa: E402
+from training.lanes import HeartData, Lanes, Window, whole  # noqa: E402
 
 MITDB = Path(__file__).parents[1] / "../shared/data/ecg/mitdb"
 RATE_HZ = 360
@@ -172,8 +172,7 @@ def model() -> heart.HeartModel:
 
 
 def heart_data() -> HeartData:
-    train = [recording(seed=seed) for seed in (0, 1)]
-    return HeartData(train, [recording(seed=2)], SPEC, STRIDE, WINDOW, 2, seed=0)
+    return HeartData(lambda seed: lanes(*seed), whole([recording(seed=2)], SPEC), seed=0)
 
 
 def fit(folder: Path, epochs: int, resume: bool = False) -> heart.HeartModel:
@@ -218,10 +217,10 @@ def test_loss_falls() -> None:
 
 @quiet
 def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path: Path) -> None:
-    whole = fit(tmp_path / "whole", 2)
+    unbroken = fit(tmp_path / "unbroken", 2)
     fit(tmp_path / "broken", 1)
     resumed = fit(tmp_path / "broken", 2, resume=True)
-    for name, value in whole.state_dict().items():
+    for name, value in unbroken.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
     assert (tmp_path / "broken" / "best.ckpt").is_file()
 
@@ -281,15 +280,15 @@ def test_streaming_the_exported_model_finds_what_torch_finds(tmp_path: Path) -> 
     with torch.no_grad():  # untrained, it would find nothing
         beat = made.net.heads["beat"]
         beat.weight *= 20
-        x = torch.from_numpy(filter_all(signals, made.spec))
+        x = whole([recording(seed=seed) for seed in (0, 1)], made.spec).x
         logits, _ = made.net.logits(x, *made.net.initial_states(2))
         beat.bias -= logits["beat"].quantile(0.9)
     path = tmp_path / "small.onnx"
     export(made.net, heart.statement(made.net, "random weights"), path)
     streamed = evaluate.stream(model_file.load(path), signals)
     with torch.no_grad():
-        whole = made.find(x)
-    for one, other in zip(streamed, whole, strict=True):
+        at_once = made.find(x)
+    for one, other in zip(streamed, at_once, strict=True):
         inside = [beat.position for beat in one if beat.position < signals.shape[1] - RATE_HZ]
         assert inside
         expected = [b.position for b in other if b.position < signals.shape[1] - RATE_HZ]

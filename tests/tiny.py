@@ -43,8 +43,11 @@ def spec(name: str = "tiny", cell: str = "LSTM", **changes: object) -> ModelSpec
     return ModelSpec(**(fields | changes))  # type: ignore[arg-type]
 
 
-def graph(cell: str = "LSTM", seed: int = 0) -> onnx.ModelProto:
-    """Every fourth sample through one recurrent layer to two heads."""
+def graph(cell: str = "LSTM", seed: int = 0, time: int | str = HOP) -> onnx.ModelProto:
+    """Four samples at a time through one recurrent layer to two heads.
+
+    ``time`` is what the graph says of its axis of samples: a name if it takes any number.
+    """
     rng = np.random.default_rng(seed)
     gates = _GATES[cell]
     weights: list[onnx.TensorProto] = []
@@ -61,9 +64,7 @@ def graph(cell: str = "LSTM", seed: int = 0) -> onnx.ModelProto:
     attributes = {"linear_before_reset": 1} if cell == "GRU" else {}
     nodes = [
         # (N, HOP, 1) -> (FRAMES, N, STRIDE)
-        helper.make_node(
-            "Reshape", ["x", constant("cut", np.array([-1, FRAMES, STRIDE]))], ["cut_x"]
-        ),
+        helper.make_node("Reshape", ["x", constant("cut", np.array([0, -1, STRIDE]))], ["cut_x"]),
         helper.make_node("Transpose", ["cut_x"], ["frames"], perm=[1, 0, 2]),
         *(helper.make_node("Unsqueeze", [f"{s}0", "first"], [f"{s}_in"]) for s in letters),
         helper.make_node(
@@ -91,11 +92,12 @@ def graph(cell: str = "LSTM", seed: int = 0) -> onnx.ModelProto:
         helper.make_node("Transpose", ["classes"], ["beat_class"], perm=[1, 0, 2]),
     ]
     tensor = helper.make_tensor_value_info
-    inputs = [tensor("x", TensorProto.FLOAT, ["batch", HOP, 1])]
+    frames = "frames" if isinstance(time, str) else time // STRIDE
+    inputs = [tensor("x", TensorProto.FLOAT, ["batch", time, 1])]
     inputs += [tensor(f"{s}0", TensorProto.FLOAT, ["batch", HIDDEN]) for s in letters]
     outputs = [
-        tensor("beat", TensorProto.FLOAT, ["batch", FRAMES]),
-        tensor("beat_class", TensorProto.FLOAT, ["batch", FRAMES, len(LABELS)]),
+        tensor("beat", TensorProto.FLOAT, ["batch", frames]),
+        tensor("beat_class", TensorProto.FLOAT, ["batch", frames, len(LABELS)]),
         *(tensor(f"{s}0_next", TensorProto.FLOAT, ["batch", HIDDEN]) for s in letters),
     ]
     made = helper.make_model(
@@ -106,12 +108,58 @@ def graph(cell: str = "LSTM", seed: int = 0) -> onnx.ModelProto:
     return made
 
 
-def write(folder: Path, statement: ModelSpec | None = None, cell: str = "LSTM") -> Path:
+def smoother(window: int) -> onnx.ModelProto:
+    """A window of signal, a quarter as loud, around the mean of the window before."""
+    tensor = helper.make_tensor_value_info
+    made = helper.make_model(
+        helper.make_graph(
+            [
+                helper.make_node("Mul", ["x", "quarter"], ["soft"]),
+                helper.make_node("Add", ["soft", "m0"], ["y"]),
+                helper.make_node("ReduceMean", ["x"], ["m0_next"], axes=[1]),
+            ],
+            "smoother",
+            [
+                tensor("x", TensorProto.FLOAT, ["batch", window, 1]),
+                tensor("m0", TensorProto.FLOAT, ["batch", 1, 1]),
+            ],
+            [
+                tensor("y", TensorProto.FLOAT, ["batch", window, 1]),
+                tensor("m0_next", TensorProto.FLOAT, ["batch", 1, 1]),
+            ],
+            [numpy_helper.from_array(np.array(0.25, np.float32), "quarter")],
+        ),
+        opset_imports=[helper.make_opsetid("", 17)],
+    )
+    made.ir_version = 9
+    return made
+
+
+def write(
+    folder: Path,
+    statement: ModelSpec | None = None,
+    cell: str = "LSTM",
+    made: onnx.ModelProto | None = None,
+    time: int | str = HOP,
+) -> Path:
     """Write a model with its statement inside and return the file."""
     statement = statement or spec(cell=cell)
-    made = graph(cell)
+    made = made or graph(cell, time=time)
     entry = made.metadata_props.add()
     entry.key, entry.value = model_file.METADATA_KEY, model_file.encode_spec(statement)
     path = folder / f"{statement.name}.onnx"
     onnx.save(made, path)
     return path
+
+
+def write_smoother(folder: Path, window: int, **changes: object) -> Path:
+    """Write a model of the audio pipeline, whose windows overlap."""
+    stage = Stage("x", (window, 1), states=(State("m0", "m0_next", (1, 1)),))
+    fields: dict[str, object] = {
+        "pipeline": "audio",
+        "window_samples": window,
+        "look_ahead_samples": window - HOP,
+        "stages": (stage,),
+        "outputs": (Output("y", "samples"),),
+    }
+    return write(folder, spec("smoother", **(fields | changes)), made=smoother(window))

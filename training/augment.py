@@ -32,7 +32,8 @@ def disturb(signal: Signal, rate_hz: float, rng: np.random.Generator) -> Signal:
         out += _mains(len(signal), rate_hz, rng)
     if rng.random() < 0.5:
         out += _noise(len(signal), rate_hz, rng)
-    return out.astype(np.float32)
+    disturbed: Signal = out.astype(np.float32)
+    return disturbed
 
 
 def turn_axis(signal: Signal, rng: np.random.Generator) -> Signal:
@@ -41,12 +42,12 @@ def turn_axis(signal: Signal, rng: np.random.Generator) -> Signal:
     A weighted sum of two leads is the heart seen from a direction between them, as by electrodes
     placed elsewhere. It gives few patients more shapes of beat.
     """
-    if signal.shape[1] < 2 or rng.random() < _FIRST_LEAD:
-        first: Signal = signal[:, 0]
-        return first
-    angle = rng.uniform(-np.pi / 2, np.pi / 2)
-    mixed: Signal = signal[:, :2] @ np.array([np.cos(angle), np.sin(angle)], np.float32)
-    return mixed
+    angle = 0.0
+    if signal.shape[1] > 1 and rng.random() >= _FIRST_LEAD:
+        angle = rng.uniform(-np.pi / 2, np.pi / 2)
+    weights = np.array([np.cos(angle), np.sin(angle)], np.float32)
+    lead: Signal = signal[:, :2] @ weights[: signal.shape[1]]
+    return lead
 
 
 def stretch(recording: Recording, factor: float) -> Recording:

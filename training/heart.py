@@ -11,6 +11,7 @@ import datetime
 import math
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,13 @@ from engine.model_file import Filter, Input, ModelSpec, Output, Stage
 from exporters.net import Conv, Head, NetConfig, StreamingNet
 from exporters.to_onnx import export, states_of
 from training import data, evaluate
-from training.lanes import HeartData, Whole, Window
+from training.lanes import HeartData, Lanes, Whole, Window, whole
 
 HOP = 60  # samples; 1/6 s, 15 frames
 LOOK_AHEAD = 48  # samples; 0.133 s, enough to see the end of a wide QRS complex
 WINDOW_S = 5.0  # of back-propagation; the state is carried further
 LANES_PER_RECORD = 2
 CLIP = 1.0  # gradient norm
-
 CLASS_LOSS = 0.3  # of the sum: the loss per beat is several times the loss per frame
 
 NET = NetConfig(
@@ -128,12 +128,12 @@ class HeartModel(lightning.LightningModule):
         ) / self.class_weights[window.label[labelled]].sum().clamp(min=1.0)
         return beat_loss, class_loss
 
-    def validation_step(self, whole: Whole, _index: int) -> None:
-        found = self.find(whole.x)
+    def validation_step(self, validation: Whole, _index: int) -> None:
+        found = self.find(validation.x)
         rate_hz = self.spec.input.rate_hz
         scores = [
             evaluate.score(recording, beats, rate_hz)
-            for recording, beats in zip(whole.recordings, found, strict=True)
+            for recording, beats in zip(validation.recordings, found, strict=True)
         ]
         total = evaluate.gross(scores)
         figures = {"qrs": total.f1, "veb": total.class_f1("V"), "sveb": total.class_f1("S")}
@@ -193,24 +193,25 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     lightning.seed_everything(arguments.seed)
     model = HeartModel(NET, arguments.epochs, arguments.rate, arguments.seed)
-    heart = HeartData(
+    make_lanes = partial(
+        Lanes,
         [data.read(arguments.data, name) for name in data.TRAINING],
-        [data.read(arguments.data, name) for name in data.VALIDATION],
         model.spec,
         NET.stride,
         round(WINDOW_S * model.spec.input.rate_hz),
         LANES_PER_RECORD,
-        arguments.seed,
     )
+    validation = whole([data.read(arguments.data, name) for name in data.VALIDATION], model.spec)
     trainer = make_trainer(arguments.runs, arguments.epochs, arguments.patience)
     last = arguments.runs / "last.ckpt"
+    heart = HeartData(make_lanes, validation, arguments.seed)
     trainer.fit(model, heart, ckpt_path=last if arguments.resume else None)
     best = torch.load(arguments.runs / "best.ckpt", weights_only=True)
     model.load_state_dict(best["state_dict"])
     command = "python -m training.heart " + shlex.join(sys.argv[1:])
     spec = statement(model.net, provenance(arguments.seed, command.strip()))
     export(model.net, spec, arguments.output)
-    scores = evaluate.evaluate(model_file.load(arguments.output), heart.whole.recordings)
+    scores = evaluate.evaluate(model_file.load(arguments.output), validation.recordings)
     print(evaluate.table(data.VALIDATION, scores))  # noqa: T201 - the command's result
 
 

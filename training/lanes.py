@@ -5,8 +5,7 @@ batch is the window after it in the same lanes, so that a network can carry its 
 truncated back-propagation through time.
 """
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -118,43 +117,33 @@ class HeartData(lightning.LightningDataModule):
 
     Parameters
     ----------
-    training, validation : sequence of Recording
-        Those for validation are of one length.
-    spec, stride, window_samples, per_recording
-        As for :class:`Lanes`.
+    make_lanes : callable
+        From a seed, two integers, to an epoch's :class:`Lanes`.
+    validation : Whole
     seed : int
     """
 
     def __init__(
-        self,
-        training: Sequence[Recording],
-        validation: Sequence[Recording],
-        spec: ModelSpec,
-        stride: int,
-        window_samples: int,
-        per_recording: int,
-        seed: int,
+        self, make_lanes: Callable[[Sequence[int]], Lanes], validation: Whole, seed: int
     ) -> None:
         super().__init__()
-        self._lanes = partial(
-            Lanes,
-            training,
-            spec,
-            stride=stride,
-            window_samples=window_samples,
-            per_recording=per_recording,
-        )
+        self._make_lanes = make_lanes
+        self._validation = validation
         self._seed = seed
-        signals = np.stack([recording.signal[:, 0] for recording in validation])
-        self.whole = Whole(torch.from_numpy(filter_all(signals, spec)), validation)
 
     def train_dataloader(self) -> DataLoader[Window]:
-        return DataLoader(
-            self._lanes(seed=(self._seed, self.trainer.current_epoch)), batch_size=None
-        )
+        assert self.trainer is not None
+        lanes = self._make_lanes((self._seed, self.trainer.current_epoch))
+        return DataLoader(lanes, batch_size=None)
 
     def val_dataloader(self) -> DataLoader[Whole]:
-        return DataLoader([self.whole], batch_size=None, collate_fn=_unchanged)
+        return DataLoader([self._validation], batch_size=None, collate_fn=_unchanged)
+
+
+def whole(recordings: Sequence[Recording], spec: ModelSpec) -> Whole:
+    """Put the first leads of recordings side by side."""
+    signals = np.stack([recording.signal[:, 0] for recording in recordings])
+    return Whole(torch.from_numpy(filter_all(signals, spec)), recordings)
 
 
 def filter_all(samples: NDArray[np.float32], spec: ModelSpec) -> NDArray[np.float32]:
@@ -163,6 +152,6 @@ def filter_all(samples: NDArray[np.float32], spec: ModelSpec) -> NDArray[np.floa
     return front.push(np.arange(len(samples)), samples[:, :, None])
 
 
-def _unchanged(whole: Whole) -> Whole:
+def _unchanged(item: Any) -> Any:
     """Keep the loader from turning the recordings' arrays into tensors."""
-    return whole
+    return item

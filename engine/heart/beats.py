@@ -58,6 +58,7 @@ class BeatFinder:
         slots: NDArray[np.intp],
         outputs: Mapping[str, NDArray[np.float32]],
         start: NDArray[np.int64],
+        hops: int = 1,
     ) -> list[tuple[int, Beat]]:
         """Search one step's frames.
 
@@ -67,23 +68,32 @@ class BeatFinder:
         outputs : the model's outputs; "beat" (rows, frames), "beat_class" (rows, frames, labels)
         start : (rows,) int64
             Position of the step's first new sample.
+        hops : int
+            That the step took.
 
         Returns
         -------
         list of (row, Beat), rows in order, beats of a row oldest first
         """
         probability, classes = outputs[self._beat], outputs[self._class]
+        stride = hops * self._hop // probability.shape[1]
         busy = (probability.max(axis=1) >= THRESHOLD) | (self.height[slots] > 0)
         found: list[tuple[int, Beat]] = []
         for row in np.flatnonzero(busy).tolist():
-            beats = self._search(int(slots[row]), probability[row], classes[row], int(start[row]))
+            beats = self._search(
+                int(slots[row]), probability[row], classes[row], int(start[row]), stride
+            )
             found += [(row, beat) for beat in beats]
         return found
 
     def _search(
-        self, slot: int, probability: NDArray[np.float32], classes: NDArray[np.float32], start: int
+        self,
+        slot: int,
+        probability: NDArray[np.float32],
+        classes: NDArray[np.float32],
+        start: int,
+        stride: int,
     ) -> list[Beat]:
-        stride = self._hop // len(probability)
         height, place = float(self.height[slot]), int(self.place[slot])
         label, last = int(self.label[slot]), int(self.last[slot])
         best = -1  # the candidate's frame, if it is of this step

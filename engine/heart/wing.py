@@ -32,7 +32,7 @@ class HeartWing:
     def push(self, rows: Rows, outputs: Outputs) -> list[tuple[int, Message]]:
         """Return beats and alerts as (row, message)."""
         told: list[tuple[int, Message]] = []
-        for row, beat in self.finder.push(rows.slots, outputs, rows.start):
+        for row, beat in self.finder.push(rows.slots, outputs, rows.start, rows.hops):
             if rows.begin[row] <= beat.position < rows.end[row]:
                 slot, stream = int(rows.slots[row]), rows.streams[row]
                 told += [(row, message) for message in self._tell(slot, stream, beat)]

@@ -1,0 +1,88 @@
+"""An engine without sockets, under a clock that the test sets; peers have names."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine import messages as m
+from engine import model_file
+from engine.config import Limits
+from engine.loop import Engine
+from engine.metrics import Metrics
+from engine.runtime import CpuRuntime
+
+Kind = TypeVar("Kind", bound=m.Message)
+
+# Ten thousand times the capacity of a slow machine: tests of admission set their own.
+_AMPLE = {"max_streams": 16, "max_load": 1e9}
+
+
+class Driven:
+    """An engine that serves some model files to peers who were all welcomed."""
+
+    def __init__(self, *paths: Path, **limits: Any) -> None:
+        bounds = Limits(**(_AMPLE | limits))
+        served = [
+            (model, CpuRuntime(model, bounds.max_streams)) for model in map(model_file.load, paths)
+        ]
+        self.metrics = Metrics()
+        self.now = 1000.0
+        self.engine = Engine(served, bounds, self.metrics, clock=lambda: self.now)
+        self._heard: dict[str, list[Any]] = {}
+
+    def say(self, peer: str, *requests: m.Message) -> None:
+        """Send messages of a peer, after its hello if it is a new one."""
+        if peer.encode() not in self.engine.peers:
+            self.throw(peer, m.body([m.encode(m.Hello(m.VERSION))]))
+        self.throw(peer, m.body([m.encode(request) for request in requests]))
+
+    def throw(self, peer: str, body: bytes) -> None:
+        """Send any bytes of a peer."""
+        self.engine.receive(peer.encode(), body, self.now)
+
+    def open(self, peer: str, name: str, model: str = "tiny", **fields: Any) -> None:
+        fields = {"rate_hz": 100.0, "unit": "mV"} | fields
+        self.say(peer, m.Open(name, model, **fields))
+
+    def turn(self) -> bool:
+        """Let the engine run one batch, or the clock go on to when it wants to; False if idle."""
+        wake = self.engine.turn(self.now)
+        if wake is None:
+            return False
+        self.now = max(self.now, wake)
+        return True
+
+    def run(self) -> None:
+        """Turn until nothing waits."""
+        while self.turn():
+            pass
+
+    def heard(self, peer: str) -> list[Any]:
+        """Return all that a peer was told since the beginning."""
+        told = self._heard.setdefault(peer, [])
+        if self.engine.peers.get(peer.encode()) and self.engine.peers[peer.encode()].outbox:
+            told += m.decode_replies(self.engine.take(peer.encode()))
+        return told
+
+    def told(self, peer: str, kind: type[Kind], stream: str | None = None) -> list[Kind]:
+        """Return what a peer was told of one kind, of one stream."""
+        return [
+            message
+            for message in self.heard(peer)
+            if isinstance(message, kind) and stream in (None, getattr(message, "stream", None))
+        ]
+
+
+def chunks(
+    name: str, signal: NDArray[np.float32], cuts: Iterable[int] = (), seq: int = 0, index: int = 0
+) -> list[m.Chunk]:
+    """Cut a signal at some places into the chunks of a stream; equal places give no empty one."""
+    made = []
+    for part in np.split(signal, sorted(cuts)):
+        if len(part):
+            made.append(m.Chunk(name, seq + len(made), index, part.astype("<f4").tobytes()))
+            index += len(part)
+    return made
