@@ -14,7 +14,7 @@ import time
 import urllib.request
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -63,16 +63,18 @@ class Counts(NamedTuple):
 
 
 class ServerProcess:
-    """A real server, started for a measurement."""
+    """A real server, started for a measurement; what it logs goes to a file, or nowhere."""
 
-    def __init__(self, model: str, limits: dict[str, float] | None = None) -> None:
+    def __init__(
+        self, model: str, limits: dict[str, float] | None = None, log: IO[bytes] | None = None
+    ) -> None:
         command = [sys.executable, "-m", "engine", "serve", "--json", "--model", model]
         command += ["--bind", "tcp://127.0.0.1:0", "--publish", "tcp://127.0.0.1:0"]
         command += ["--metrics", "127.0.0.1:0"]
         for key, value in (limits or {}).items():
             command += ["--limit", f"{key}={value}"]
         self._process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command, stdout=subprocess.PIPE, stderr=log or subprocess.DEVNULL, text=True
         )
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
@@ -105,9 +107,15 @@ class ServerProcess:
             runs,
         )
 
-    def stop(self) -> None:
+    def stop(self) -> int:
+        """Ask the server to end and return its exit code; one that does not listen is killed."""
         self._process.terminate()
-        self._process.communicate(timeout=20)
+        try:
+            self._process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
+        return self._process.returncode
 
 
 @contextlib.contextmanager

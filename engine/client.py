@@ -53,7 +53,9 @@ class Stream:
         self._seq = 0
         self._index = request.index
         self._acked = request.index
-        self._credit = 0
+        self._in_flight = 0  # samples sent and not acknowledged; skipped ones take no room
+        self._credit = 0  # none until the server has opened the stream
+        self._largest = 0  # samples in a chunk
         self._kept: deque[messages.Chunk] = deque()  # sent and not acknowledged
         self._flushes = self._flushed = 0  # asked for, answered
         self._closing = False
@@ -74,9 +76,29 @@ class Stream:
             If the server is gone for longer than the client's time limit.
         """
         values = self._shaped(samples)
-        limit = max(1, self._credit // 4)
+        limit = self._client.max_chunk_bytes // (self._dtype.itemsize * self.request.channels)
+        limit = max(1, min(limit, self._largest))
         for start in range(0, len(values), limit):
             self._send(values[start : start + limit])
+
+    def skip(self, samples: int) -> None:
+        """Leave out samples that are missing: the next chunk begins so much later.
+
+        The server tells the gap once that chunk has come.
+
+        Parameters
+        ----------
+        samples : int
+            Per channel; none changes nothing.
+        """
+        if samples < 0:
+            raise ValueError(f"samples: expected 0 or more, found {samples}")
+        self._index += samples
+
+    @property
+    def acked_index(self) -> int:
+        """The effects of all samples before this index are out."""
+        return self._acked
 
     def flush(self) -> int:
         """Force the tail out and wait until it is through; return the server's sample index.
@@ -88,7 +110,7 @@ class Stream:
         self._client.tell(messages.Flush(self.name, number))
         self._client.wait(lambda: self._flushed == number or self.closed is not None)
         self._raise_if_closed()
-        return self._index
+        return self._acked
 
     def close(self) -> messages.Closed:
         """End the stream and return its counts, once all that was sent is through."""
@@ -111,16 +133,18 @@ class Stream:
 
     def _send(self, values: NDArray[Any]) -> None:
         self._client.wait(
-            lambda: (
-                self._index - self._acked + len(values) <= self._credit or self.closed is not None
-            )
+            lambda: self._in_flight + len(values) <= self._credit or self.closed is not None
         )
         self._raise_if_closed()
         chunk = messages.Chunk(self.name, self._seq, self._index, values.tobytes())
         self._seq += 1
         self._index += len(values)
+        self._in_flight += len(values)
         self._kept.append(chunk)
         self._client.tell(chunk)
+
+    def _samples(self, chunk: messages.Chunk) -> int:
+        return len(chunk.data) // (self._dtype.itemsize * self.request.channels)
 
     def _raise_if_closed(self) -> None:
         if self.closed is not None:
@@ -130,24 +154,36 @@ class Stream:
 
     def opened(self, message: messages.Opened) -> None:
         self._credit = message.credit
+        self._largest = message.credit // 4
+
+    @property
+    def is_open(self) -> bool:
+        return self._credit > 0 and self.closed is None
 
     def acked(self, message: messages.Ack) -> None:
+        if not self._credit:
+            return  # meant for the connection before: chunks are numbered anew since
         self._acked = max(self._acked, message.index)
         while self._kept and self._kept[0].seq <= message.seq:
-            self._kept.popleft()
+            self._in_flight -= self._samples(self._kept.popleft())
 
     def flushed(self, message: messages.Flushed) -> None:
         self._flushed = message.id
         self._acked = max(self._acked, message.index)
 
+    def refused(self, error: messages.Error) -> None:
+        """Take that a server that has forgotten this stream does not open it once more."""
+        self.closed = messages.Closed(self.name, error.code, 0, 0, 0, 0, 0)
+
     def resume(self) -> list[Message]:
         """Return what brings a server that does not know this stream to where the last one was."""
-        first = self._kept[0].index if self._kept else self._index
+        # From where it was acknowledged: what was skipped since then is told as a gap once more.
+        first = self._acked
         self._kept = deque(
             messages.Chunk(self.name, seq, chunk.index, chunk.data)
             for seq, chunk in enumerate(self._kept)
         )
-        self._seq, self._acked, self._credit = len(self._kept), first, 0
+        self._seq, self._credit = len(self._kept), 0
         told: list[Message] = [msgspec.structs.replace(self.request, index=first), *self._kept]
         if self._flushed < self._flushes:
             told.append(messages.Flush(self.name, self._flushes))
@@ -174,13 +210,21 @@ class Client:
         self._events: deque[Message] = deque()
         self._refusals: dict[str, Refused] = {}
         # One identity for all connections: the server knows who opens a stream once more.
-        self._identity = uuid.uuid4().bytes
+        self._identity = uuid.uuid4().hex.encode()
         self._context = zmq.Context()
         self._socket = self._connect()
         self._pinged = self._heard = time.monotonic()
         self._recover_at: float | None = None
+        self._recovered = self._heard
         self.tell(messages.Hello(messages.VERSION, "murmur-python"))
-        self.wait(lambda: self.welcome is not None)
+        try:
+            self.wait(lambda: self.welcome is not None or "" in self._refusals)
+            if self.welcome is None:
+                raise self._refusals[""]
+        except (Disconnected, Refused):
+            self._socket.close(linger=0)
+            self._context.term()
+            raise
 
     def __enter__(self) -> "Client":
         return self
@@ -212,10 +256,15 @@ class Client:
         request = messages.Open(
             stream, model, rate_hz, unit, channels, dtype, gain, offset, index, latency_ms
         )
+        try:
+            msgspec.convert(msgspec.to_builtins(request), messages.Open)
+        except msgspec.ValidationError as error:
+            # The server's answer to a malformed message cannot say whose it was.
+            raise Refused("malformed", f"stream {stream!r}: {error}") from None
         one = self._streams[stream] = Stream(self, request)
         self._refusals.pop(stream, None)
         self.tell(request)
-        self.wait(lambda: one._credit > 0 or stream in self._refusals)
+        self.wait(lambda: one.is_open or stream in self._refusals)
         if stream in self._refusals:
             del self._streams[stream]
             raise self._refusals.pop(stream)
@@ -236,7 +285,10 @@ class Client:
             yield self._events.popleft()
 
     def close(self) -> None:
-        """End the connection; streams that are open are dropped by the server."""
+        """End the connection and its streams, without waiting for what is on its way."""
+        for stream in self._streams.values():
+            if stream.is_open:
+                self.tell(messages.Close(stream.name))
         self._socket.close(linger=1000)
         self._context.term()
 
@@ -259,6 +311,11 @@ class Client:
             silent_s = time.monotonic() - self._heard
             if silent_s > self.timeout_s:
                 raise Disconnected(f"no answer from {self.address} for {silent_s:.0f} s")
+
+    @property
+    def max_chunk_bytes(self) -> int:
+        assert self.welcome is not None
+        return self.welcome.max_chunk_bytes
 
     def forget(self, name: str) -> None:
         self._streams.pop(name, None)
@@ -294,18 +351,24 @@ class Client:
         match message:
             case messages.Welcome():
                 self.welcome = message
+                self._recover_at = None  # what was refused before was the last connection's
             case messages.Pong():
                 pass
             case messages.Error(code="not_greeted"):
-                self._recover_at = self._heard
+                self._recover_at = max(self._heard, self._recovered + _RETRY_S)
             case messages.Error(code="unknown_stream") if stream is not None:
-                self._recover_at = self._heard
+                if stream.is_open:  # or the error before this one has said why it is not
+                    self._recover_at = max(self._heard, self._recovered + _RETRY_S)
             case messages.Error(code="draining") | messages.Closed(reason="draining"):
+                self._recover_at = self._heard + _RETRY_S
+            case messages.Error(code="too_many_peers") if self.welcome is not None:
                 self._recover_at = self._heard + _RETRY_S
             case messages.Error():
                 self.last_error = message.reason
                 self._refusals[message.stream] = Refused(message.code, message.reason)
                 self._events.append(message)
+                if stream is not None and not stream.is_open:
+                    stream.refused(message)
             case messages.Opened() if stream is not None:
                 stream.opened(message)
             case messages.Ack() if stream is not None:
@@ -323,9 +386,11 @@ class Client:
     def _recover(self) -> None:
         """Connect anew and bring every stream to where it was: the server has forgotten us."""
         self._recover_at = None
+        self._recovered = time.monotonic()
         self._socket.close()
         self._socket = self._connect()
         self.tell(messages.Hello(messages.VERSION, "murmur-python"))
         for stream in self._streams.values():
-            for message in stream.resume():
-                self.tell(message)
+            if stream.closed is None:
+                for message in stream.resume():
+                    self.tell(message)

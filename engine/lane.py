@@ -17,7 +17,7 @@ from engine.signal import Front
 from engine.slots import Slots
 from engine.wing import Rows, Wing
 
-_NEVER = np.iinfo(np.int64).max
+_NEVER = 2**62  # a position beyond all; differences with it stay within int64
 
 
 class Told(NamedTuple):

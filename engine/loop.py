@@ -93,6 +93,8 @@ class Engine:
     ----------
     published : list of (topic, body)
         To be sent to subscribers, and then cleared, by the caller.
+    turned_away : list of (peer, body)
+        To be sent to peers beyond the limit, and then cleared, by the caller.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class Engine:
     ) -> None:
         self.limits, self.metrics, self._clock = limits, metrics, clock
         self.published: list[tuple[bytes, bytes]] = []
+        self.turned_away: list[tuple[bytes, bytes]] = []
         self.peers: dict[bytes, Peer] = {}
         self.draining = False
         self._models: dict[str, Model] = {}
@@ -135,7 +138,7 @@ class Engine:
         peer = self.peers.get(peer_id)
         if peer is None:
             if len(self.peers) >= self.limits.max_peers:
-                self.metrics.refused["too_many_peers"] += 1
+                self._turn_away(peer_id)
                 return
             peer = self.peers[peer_id] = Peer(now)
             self.metrics.peers = len(self.peers)
@@ -150,6 +153,11 @@ class Engine:
                 self._handle(peer_id, peer, request, now)
             except Refused as refused:
                 self._refuse(peer, refused, request)
+
+    def _turn_away(self, peer_id: bytes) -> None:
+        self.metrics.refused["too_many_peers"] += 1
+        error = messages.Error("too_many_peers", f"limits.max_peers is {self.limits.max_peers}")
+        self.turned_away.append((peer_id, messages.body([messages.encode(error)])))
 
     def _decode(self, body: bytes) -> list[messages.Request]:
         if len(body) > self.limits.max_message_bytes:
@@ -234,7 +242,7 @@ class Engine:
             request.stream,
             request.model,
             model.sha256,
-            credit,
+            session.credit,
             model.spec.look_ahead_samples / model.spec.input.rate_hz,
             model.spec.hop_samples / model.spec.input.rate_hz,
         )

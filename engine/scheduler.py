@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 # process on a desktop kernel is 1-3 ms.
 _LATE = 0.003
 # Seconds kept between the planned end of a step and the deadline, for routing and sending.
-_MARGIN = 0.005
+_MARGIN = 0.010
 _SMOOTHING = 0.2  # weight of the newest value in the running mean of the slowness
 _SLOWEST = 4.0  # one stall of the machine must not stop all batching
 
@@ -60,12 +60,14 @@ class _Lane:
         self.later: dict[int, deque[tuple[int, float]]] = {}
         self.newest = np.zeros(terms.num_slots)  # deadline of the last arrival
         self.is_ready = np.zeros(terms.num_slots, bool)
-        self.arrival = np.full(terms.num_slots, -np.inf)
+        self.arrival: dict[int, float] = {}
         # The last three intervals between arrivals: their median is the period, so that one
         # pause does not change it. Until they are known, a live stream's chunk says it best.
-        self.intervals = np.full((terms.num_slots, 3), np.inf)
+        self.intervals: dict[int, tuple[float, ...]] = {}
         self.due = np.full(terms.num_slots, -np.inf)  # when the next arrival is overdue
         self.slowness = 1.0  # real step time over measured step time, running mean
+        # Not always the fullest: only that one is spread over all cores.
+        self.longest_step = max(map(terms.step_seconds, range(1, terms.max_rows + 1)))
         # The plan: wait until then, or until that row is ready. A time in the past is none.
         self.until = -np.inf
         self.awaited = -1
@@ -73,13 +75,13 @@ class _Lane:
         self.limit = np.inf  # when the rows that the plan knows must start at the latest
 
     def arrived(self, slot: int, hops: int, deadline: float, now: float) -> None:
-        intervals = self.intervals[slot]
-        if self.arrival[slot] == -np.inf:
-            intervals[:] = hops * self.terms.hop_s
+        arrival = self.arrival.get(slot)
+        if arrival is None:
+            intervals: tuple[float, ...] = (hops * self.terms.hop_s,) * 3
         else:
-            intervals[:2] = intervals[1:]
-            intervals[2] = now - self.arrival[slot]
-        period = sorted(intervals.tolist())[1]
+            intervals = (*self.intervals[slot][1:], now - arrival)
+        period = sorted(intervals)[1]
+        self.intervals[slot] = intervals
         self.arrival[slot] = now
         self.due[slot] = now + period + min(_LATE, period / 4)
         self.newest[slot] = deadline
@@ -118,7 +120,7 @@ class _Lane:
 
     def forget(self, slot: int) -> None:
         self.remove(slot)
-        self.arrival[slot] = -np.inf
+        self.arrival.pop(slot, None)
         self.due[slot] = -np.inf
         self.until = -np.inf
 
@@ -136,7 +138,7 @@ class _Lane:
         if len(slots) == self.terms.max_rows:
             return True
         # What the step will take if the batch fills up while it waits.
-        self.step = self.slowness * self.terms.step_seconds(self.terms.max_rows)
+        self.step = self.slowness * self.longest_step
         self.limit = float((self.deadline[slots] - self.hops[slots] * self.step).min()) - _MARGIN
         expected = np.where(self.is_ready | (self.due > self.limit), -np.inf, self.due)
         self.awaited = int(expected.argmax())

@@ -4,6 +4,7 @@ ROUTER for clients, PUB for subscribers. The loop is: take what has come, let th
 batch, send what came of it, and wait for the next arrival or for the time that the engine named.
 """
 
+import contextlib
 import gc
 import logging
 import math
@@ -64,7 +65,8 @@ class Server:
         self._stopping = False
         self._context = zmq.Context()
         self._clients = self._context.socket(zmq.ROUTER)
-        self._subscribers = self._context.socket(zmq.PUB)
+        self._subscribers = self._context.socket(zmq.XPUB)  # PUB that tells who listens
+        self._topics: set[bytes] = set()
         limits = config.limits
         for one in (self._clients, self._subscribers):
             one.setsockopt(zmq.LINGER, 1000)
@@ -109,9 +111,12 @@ class Server:
         gc.freeze()  # what was made so far stays; no collection need look at it again
         next_tick = time.monotonic() + _TICK_S
         give_up = math.inf
+        arrival = time.monotonic()
         while True:
-            self._receive()
-            now = time.monotonic()
+            self._receive(arrival)
+            # What comes during a step or a deaf pause is taken to have come at its beginning: its
+            # deadline counts from then, so that no one is late for having been left in the socket.
+            arrival = now = time.monotonic()
             pause = self.engine.turn(now)
             if now >= next_tick:
                 self.engine.tick(now)
@@ -125,21 +130,25 @@ class Server:
             left_s = min(next_tick, pause.until) - time.monotonic()
             if left_s > 0 and not self._stopping:
                 (signals if pause.deaf else arrivals).poll(math.ceil(left_s * 1000))
+                if not pause.deaf:
+                    arrival = time.monotonic()
 
-    def _receive(self) -> None:
+    def _receive(self, arrival: float) -> None:
         """Hand what has come to the engine."""
         for _ in range(_DRAIN):
-            # Asking first is cheaper than the exception of an empty socket.
-            if not int(self._clients.getsockopt(zmq.EVENTS)) & _READABLE:
+            if not _readable(self._clients):
                 return
             peer, *frames = self._clients.recv_multipart(zmq.NOBLOCK)
             body = frames[0] if len(frames) == 1 else b""  # the engine refuses the empty one
-            self.engine.receive(peer, body, time.monotonic())
+            self.engine.receive(peer, body, arrival)
 
     def _send(self) -> None:
-        for topic, body in self.engine.published:
-            self._subscribers.send_multipart((topic, body))
-        self.engine.published.clear()
+        if self.engine.published:
+            self._publish()
+        for peer_id, body in self.engine.turned_away:
+            with contextlib.suppress(zmq.ZMQError):  # nobody's loss if it is gone or does not read
+                self._clients.send_multipart((peer_id, body), zmq.NOBLOCK)
+        self.engine.turned_away.clear()
         lost: list[tuple[bytes, str]] = []
         for peer_id in self.engine.waiting():
             body = self.engine.take(peer_id)
@@ -155,6 +164,17 @@ class Server:
             log.warning("peer %s given up: %s", peer_id.hex(), reason)
             self.engine.drop(peer_id, reason)
 
+    def _publish(self) -> None:
+        """Send results to subscribers, if there are any."""
+        while _readable(self._subscribers):
+            subscription = self._subscribers.recv(zmq.NOBLOCK)
+            change = self._topics.add if subscription[:1] == b"\1" else self._topics.discard
+            change(subscription[1:])
+        if self._topics:
+            for topic, body in self.engine.published:
+                self._subscribers.send_multipart((topic, body))
+        self.engine.published.clear()
+
     def _close(self) -> None:
         self._clients.close()
         self._subscribers.close()
@@ -168,6 +188,11 @@ def runtime(model: Model, config: Config) -> Runtime:
 
         return DeviceRuntime(model, config.limits.max_streams, device="cuda")
     return CpuRuntime(model, config.limits.max_streams, config.num_threads)
+
+
+def _readable(one: zmq.Socket[bytes]) -> bool:
+    """Return whether something has come: asking is cheaper than the exception of `recv`."""
+    return bool(int(one.getsockopt(zmq.EVENTS)) & _READABLE)
 
 
 def _bind(one: zmq.Socket[bytes], address: str) -> str:

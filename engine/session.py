@@ -5,6 +5,7 @@ what was sent into samples of the model's rate and unit, and queues them with th
 flushes in their order. It also knows which sample of the client each sample of the model is.
 """
 
+import math
 from collections import deque
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -62,7 +63,7 @@ class Session:
     signal : Input
         What the model expects.
     credit : int
-        Samples that may be in flight; more are refused.
+        Samples that may be in flight, beside those that a resampler holds back; more are refused.
     max_chunk_bytes : int
 
     Attributes
@@ -76,7 +77,6 @@ class Session:
     def __init__(self, opened: Open, signal: Input, credit: int, max_chunk_bytes: int) -> None:
         self.name = opened.stream
         self.rate_hz = opened.rate_hz
-        self.credit = credit
         self.inbox: deque[Item] = deque()
         self.end_index = opened.index
         self.ending = False
@@ -85,7 +85,10 @@ class Session:
         self._dtype = _DTYPES[opened.dtype]
         self._scale, self._offset = _calibration(opened, signal)
         self._ratio = _ratio(opened, signal)
+        self._up, self._down = self._ratio.numerator, self._ratio.denominator
         self._resampler = self._new_resampler()
+        # What a resampler holds back is in flight as well; a slow sensor's whole credit may be.
+        self.credit = max(1, credit) + (self._resampler.reach if self._resampler else 0)
         self._max_chunk_bytes = max_chunk_bytes
         self._next_seq = 0
         self._acked = (-1, opened.index, 0)
@@ -165,7 +168,8 @@ class Session:
         if self._scale != 1.0 or self._offset != 0.0:
             with np.errstate(over="ignore"):  # found below
                 values = values * np.float32(self._scale) + np.float32(self._offset)
-        if not np.isfinite(values).all():
+        # One pass that allocates nothing; only a sum that overflows needs the closer look.
+        if not math.isfinite(np.vdot(values, values)) and not np.isfinite(values).all():
             place = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
             raise Refused(
                 "not_finite",
@@ -207,10 +211,10 @@ class Session:
 
     def index_at(self, position: int) -> int:
         """Return the client's index of the model's sample at a position."""
-        known = reversed(self._anchors)
-        position_0, index_0 = next(a for a in known if position >= a[0] or a is self._anchors[0])
-        ratio = self._ratio
-        return index_0 + round((position - position_0) * ratio.denominator / ratio.numerator)
+        for anchor in reversed(self._anchors):
+            if position >= anchor[0]:
+                break
+        return anchor[1] + round((position - anchor[0]) * self._down / self._up)
 
     def anchor(self, position: int, index: int) -> None:
         """Lay the two time axes together anew: after a gap, after a flush."""

@@ -75,6 +75,11 @@ class Resampler:
         The rate out over the rate in, not 1.
     channels : int
 
+    Attributes
+    ----------
+    reach : int
+        Inputs that an output needs on each side; so many are held back.
+
     Notes
     -----
     soxr was measured for this and not taken: its block transform holds 0.5 to 7 s of signal
@@ -84,9 +89,9 @@ class Resampler:
     def __init__(self, ratio: Fraction, channels: int) -> None:
         self.up, self.down = ratio.numerator, ratio.denominator
         self._kernel, self._half = _kernel(self.up, self.down)
-        self._reach = -(-self._half // self.up)  # inputs that an output needs on each side
+        self.reach = -(-self._half // self.up)
         # Kept inputs start at a multiple of `down`, so that output times fall on upfirdn's grid.
-        self._first = -self.down * -(-self._reach // self.down)
+        self._first = -self.down * -(-self.reach // self.down)
         self._kept = np.zeros((-self._first, channels), np.float32)
         self._produced = 0
 
@@ -95,7 +100,7 @@ class Resampler:
         self._kept = np.concatenate([self._kept, chunk])
         received = self._first + len(self._kept)
         # Output n needs inputs up to n * down / up + reach.
-        end = max(self._produced, ((received - self._reach) * self.up - 1) // self.down + 1)
+        end = max(self._produced, ((received - self.reach) * self.up - 1) // self.down + 1)
         if end <= self._produced:
             return np.empty((0, chunk.shape[1]), np.float32)
         filtered = signal.upfirdn(self._kernel, self._kept, self.up, self.down, axis=0)
@@ -107,10 +112,10 @@ class Resampler:
 
     def flush(self) -> NDArray[np.float32]:
         """Force the tail out: the outputs that wait for inputs which will not come."""
-        return self.push(np.zeros((self._reach, self._kept.shape[1]), np.float32))
+        return self.push(np.zeros((self.reach, self._kept.shape[1]), np.float32))
 
     def _forget(self) -> None:
-        oldest = self._produced * self.down // self.up - self._reach
+        oldest = self._produced * self.down // self.up - self.reach
         steps = (oldest - self._first) // self.down
         if steps > 0:
             self._kept = self._kept[steps * self.down :].copy()

@@ -21,7 +21,8 @@ Arrays = dict[str, Array]
 # Torch and ONNX Runtime sum in another order; measured 1e-7 to 1e-6 for what this exports.
 TOLERANCE = 1e-5
 _HOPS = 8  # of the recording that is cut into chunks
-_BATCHES = (2, 3, 5, 16, 33)
+_BATCHES = (2, 3, 16, 32)
+_ROWS = 96  # that are run in such batches: what rounds otherwise may show in one row of ten only
 
 
 class ExportError(MurmurError):
@@ -125,15 +126,19 @@ class _Checks:
         Bit for bit from two rows on; a single row within the tolerance, because ONNX Runtime
         has another kernel for it (vanilla RNN), which the engine avoids by padding to two.
         """
-        feed = self._random(rows=max(_BATCHES))
-        feed[self.stage.input][1:] *= 30.0
-        first: dict[int, Arrays] = {}
-        for rows in (1, *_BATCHES):
-            results = self._run({name: value[:rows] for name, value in feed.items()})
-            first[rows] = {name: value[:1] for name, value in results.items()}
-        self._compare("alone is batched", first[1], first[2])
-        for rows in _BATCHES[1:]:
-            self._compare("alone is batched", first[2], first[rows], tolerance=0.0)
+        feed = self._random(rows=_ROWS)
+        feed[self.stage.input][::3] *= 30.0
+        two, *more = (self._in_batches(feed, rows) for rows in _BATCHES)
+        self._compare("alone is batched", self._in_batches(feed, 1), two)
+        for found in more:
+            self._compare("alone is batched", two, found, tolerance=0.0)
+
+    def _in_batches(self, feed: Arrays, rows: int) -> Arrays:
+        parts = [
+            self._run({name: value[start : start + rows] for name, value in feed.items()})
+            for start in range(0, _ROWS, rows)
+        ]
+        return {name: np.concatenate([part[name] for part in parts]) for name in self.outputs}
 
     def _alike(self) -> list[tuple[str, str]]:
         states = self.stage.states

@@ -1,4 +1,4 @@
-"""What several test files need: tiny model files, a fake clock, sockets that get closed, a server."""
+"""What several test files need: tiny model files, a fake clock, closed sockets, a server."""
 
 import json
 import os
@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import zmq
@@ -61,6 +63,28 @@ def tiny_model(tiny_path: Path) -> Model:
     return model_file.load(tiny_path)
 
 
+@pytest.fixture(scope="session")
+def wide_path(models: Callable[..., Path]) -> Path:
+    """The LSTM with windows of 60 samples that overlap, in hops of 20."""
+    stage = msgspec.structs.replace(tiny.spec().stages[0], input_shape=(60, 1))
+    return models("wide", window_samples=60, stages=(stage,))
+
+
+@pytest.fixture(scope="session")
+def heart_path(models: Callable[..., Path]) -> Path:
+    """The LSTM as a heart model that decides 8 samples behind the signal."""
+    return models("tinyheart", pipeline="heart", look_ahead_samples=8)
+
+
+@pytest.fixture(scope="session", params=[50, 60], ids=lambda window: f"window{window}")
+def smoother(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, int]:
+    """A model that makes signal in hops of 20 samples, and its window."""
+    folder = tmp_path_factory.mktemp("smoother")
+    return tiny.write_smoother(folder, request.param), request.param
+
+
 class Clock:
     """Seconds that pass when a test says so."""
 
@@ -77,11 +101,11 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def context() -> Iterator[zmq.Context]:
-    """A context whose sockets are all closed at the end, whatever the test did."""
-    made = zmq.Context()
-    yield made
-    made.destroy(linger=0)
+def sockets() -> Iterator[Callable[[int], zmq.Socket]]:
+    """Return a maker of sockets that are all closed at the end, whatever the test did."""
+    with zmq.Context() as context, ExitStack() as stack:
+        context.setsockopt(zmq.LINGER, 0)  # of each socket that it makes
+        yield lambda kind: stack.enter_context(context.socket(kind))
 
 
 class Server:
@@ -113,14 +137,26 @@ class Server:
 ANYWHERE = "tcp://127.0.0.1:0"
 
 
+def arguments(model: Path | str, bind: str = ANYWHERE) -> list[str]:
+    addresses = ["--bind", bind, "--publish", ANYWHERE, "--metrics", "127.0.0.1:0"]
+    return ["--model", str(model), *addresses]
+
+
+@pytest.fixture(scope="module")
+def running(tiny_path: Path) -> Iterator[Server]:
+    """One server of the tiny model, for those tests of a file that leave it as it was."""
+    server = Server(arguments(tiny_path))
+    yield server
+    assert server.stop() == 0
+
+
 @pytest.fixture
 def serving(tiny_path: Path) -> Iterator[Callable[..., Server]]:
     """Return a starter of server processes; those that still run at the end are killed."""
     started: list[Server] = []
 
     def start(*options: str, model: Path | str = tiny_path, bind: str = ANYWHERE) -> Server:
-        addresses = ["--bind", bind, "--publish", ANYWHERE, "--metrics", "127.0.0.1:0"]
-        started.append(Server(["--model", str(model), *addresses, *options]))
+        started.append(Server([*arguments(model, bind), *options]))
         return started[-1]
 
     yield start

@@ -1,5 +1,6 @@
 """An engine without sockets, under a clock that the test sets; peers have names."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ class Driven:
         served = [
             (model, CpuRuntime(model, bounds.max_streams)) for model in map(model_file.load, paths)
         ]
+        self.runtimes = [runtime for _, runtime in served]
         self.metrics = Metrics()
         self.now = 1000.0
         self.engine = Engine(served, bounds, self.metrics, clock=lambda: self.now)
@@ -47,12 +49,21 @@ class Driven:
         fields = {"rate_hz": 100.0, "unit": "mV"} | fields
         self.say(peer, m.Open(name, model, **fields))
 
+    def refused(self) -> dict[str, float]:
+        """Return how many messages were not accepted, by code, as Prometheus would read it."""
+        return {
+            sample.labels["code"]: sample.value
+            for family in self.metrics.collect()
+            for sample in family.samples
+            if sample.name == "murmur_refused_total"
+        }
+
     def turn(self) -> bool:
         """Let the engine run one batch, or the clock go on to when it wants to; False if idle."""
-        wake = self.engine.turn(self.now)
-        if wake is None:
+        until = self.engine.turn(self.now).until
+        if until == math.inf:
             return False
-        self.now = max(self.now, wake)
+        self.now = max(self.now, until)
         return True
 
     def run(self) -> None:

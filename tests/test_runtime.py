@@ -4,13 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import quantize_dynamic
 
-from engine import model_file, parity
+from engine import model_file
+from engine.errors import ModelFileError
 from engine.model_file import Model, Stage, State
 from engine.runtime import MICRO_BATCH, CpuRuntime
 from tests import plain, tiny
@@ -123,19 +123,6 @@ def test_several_hops_in_one_call_are_as_many_calls(
         np.testing.assert_array_equal(runtime.take(row), state)
 
 
-def one_score(folder: Path) -> Path:
-    """Give one number a call, whatever its length."""
-    made = tiny.graph(time="samples")
-    made.graph.node.append(
-        helper.make_node("ReduceMean", ["beat"], ["score"], axes=[1], keepdims=0)
-    )
-    made.graph.output[0].CopyFrom(
-        helper.make_tensor_value_info("score", TensorProto.FLOAT, ["batch"])
-    )
-    outputs = (model_file.Output("score", "scores"),)
-    return tiny.write(folder, tiny.spec(outputs=outputs), made=made)
-
-
 def a_length_that_is_not_said(folder: Path) -> Path:
     """Declare any length and take one: a sum with a constant of twenty samples."""
     made = tiny.graph(time="samples")
@@ -158,7 +145,9 @@ def a_look_back(folder: Path) -> Path:
     return tiny.write(folder, made=made)
 
 
-@pytest.mark.parametrize("write", [one_score, a_length_that_is_not_said, a_look_back])
+@pytest.mark.parametrize(
+    "write", [tiny.write_mean_of_frames, a_length_that_is_not_said, a_look_back]
+)
 def test_a_graph_that_takes_one_hop_a_call_is_stepped_hop_by_hop(
     tmp_path: Path, rng: np.random.Generator, write: Callable[[Path], Path]
 ) -> None:
@@ -212,33 +201,12 @@ def quantised(models: Callable[..., Path], folder: Path) -> Path:
     return path
 
 
-def with_common_offset(folder: Path) -> Path:
-    """Subtract the greatest sample of the whole batch from each: no row is its own."""
-    made = tiny.graph()
-    made.graph.node[0].input[0] = "below"
-    made.graph.node.insert(0, helper.make_node("ReduceMax", ["x"], ["most"]))
-    made.graph.node.insert(1, helper.make_node("Sub", ["x", "most"], ["below"]))
-    return tiny.write(folder, made=made)
-
-
 @pytest.fixture(params=["quantised", "common offset"])
-def mixing(
-    request: pytest.FixtureRequest, models: Callable[..., Path], tmp_path: Path
-) -> Path:
+def mixing(request: pytest.FixtureRequest, models: Callable[..., Path], tmp_path: Path) -> Path:
     """Return a model whose rows change each other within a batch."""
     if request.param == "quantised":
         return quantised(models, tmp_path)
-    return with_common_offset(tmp_path)
-
-
-@pytest.fixture(params=["quantised", "common offset"])
-def mixing(
-    request: pytest.FixtureRequest, models: Callable[..., Path], tmp_path: Path
-) -> Path:
-    """Return a model whose rows change each other within a batch."""
-    if request.param == "quantised":
-        return quantised(models, tmp_path)
-    return with_common_offset(tmp_path)
+    return tiny.write_mixing(tmp_path)
 
 
 def test_a_graph_that_mixes_its_rows_is_stepped_row_by_row(
@@ -305,47 +273,12 @@ def test_every_call_of_the_model_is_counted_by_its_rows(
     assert runtime.runs == {(3, 1): 1, (1, 1): 1}
 
 
-def failed(path: Path) -> dict[str, str]:
-    return {f.name: f.detail for f in parity.check(model_file.load(path)) if not f.passed}
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_a_sound_model_passes_every_check(models: Callable[..., Path], cell: str) -> None:
-    assert failed(models(cell.lower(), cell)) == {}
-
-
-def test_a_model_that_mixes_rows_passes_since_it_is_stepped_row_by_row(mixing: Path) -> None:
-    assert failed(mixing) == {}
-
-
-def test_a_state_that_the_graph_does_not_read_is_found(tmp_path: Path) -> None:
-    made = tiny.graph()
-    (lstm,) = [node for node in made.graph.node if node.op_type == "LSTM"]
-    lstm.input[6] = "h_in"  # an aliasing export: c begins as h
-    assert "c0" in failed(tiny.write(tmp_path, made=made))["inputs"]
-
-
-def test_two_states_that_are_told_one_value_are_found(tmp_path: Path) -> None:
-    made = tiny.graph()
-    (squeeze,) = [node for node in made.graph.node if node.output[0] == "c0_next"]
-    squeeze.input[0] = "h_out"
-    found = failed(tiny.write(tmp_path, made=made))
-    assert "c0" in found["states"]
-
-
-def test_a_signal_that_the_graph_does_not_read_is_found(tmp_path: Path) -> None:
-    made = tiny.graph()
-    zero = numpy_helper.from_array(np.array(0, np.float32), "zero")
-    made.graph.initializer.append(zero)
-    made.graph.node.insert(0, helper.make_node("Mul", ["x", "zero"], ["silence"]))
-    made.graph.node[1].input[0] = "silence"
-    assert "the signal" in failed(tiny.write(tmp_path, made=made))["inputs"]
-
-
-def test_an_output_that_is_not_finite_is_found(tmp_path: Path) -> None:
-    made = tiny.graph()
-    (squeeze,) = [node for node in made.graph.node if node.output[0] == "beat"]
-    squeeze.output[0] = "chance"
-    made.graph.initializer.append(numpy_helper.from_array(np.array(0, np.float32), "zero"))
-    made.graph.node.append(helper.make_node("Div", ["chance", "zero"], ["beat"]))
-    assert "beat is not finite" in failed(tiny.write(tmp_path, made=made))["outputs"]
+@pytest.mark.parametrize(
+    ("write", "found"), [(tiny.write_one_row_only, "Reshape"), (tiny.write_mean_of_rows, "1 rows")]
+)
+def test_a_graph_that_does_not_take_the_batch_it_declares_is_refused(
+    tmp_path: Path, write: Callable[[Path], Path], found: str
+) -> None:
+    model = model_file.load(write(tmp_path))
+    with pytest.raises(ModelFileError, match=f"tiny: expected .* takes 2 rows .*{found}"):
+        CpuRuntime(model, 4)

