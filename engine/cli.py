@@ -62,12 +62,8 @@ def serve(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     try:
-        chosen = config.read(config_file, limits or ())
-        given = {"models": tuple(models or ()), "bind": bind, "publish": publish}
-        given |= {"metrics": metrics}
-        server = Server(
-            msgspec.structs.replace(chosen, **{key: value for key, value in given.items() if value})
-        )
+        given = {"models": models, "bind": bind, "publish": publish, "metrics": metrics}
+        server = Server(config.read(config_file, limits or (), **given))
     except (MurmurError, zmq.ZMQError) as error:
         _fail(error)
     if as_json:

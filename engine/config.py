@@ -50,7 +50,7 @@ class Config(_Section, frozen=True):
         return self.threads or len(os.sched_getaffinity(0))
 
 
-def read(path: Path | None, limits: Sequence[str] = ()) -> Config:
+def read(path: Path | None, limits: Sequence[str] = (), **given: object) -> Config:
     """Read a configuration file; None gives the defaults.
 
     Parameters
@@ -58,17 +58,20 @@ def read(path: Path | None, limits: Sequence[str] = ()) -> Config:
     path : Path or None
     limits : sequence of str
         ``key=number``, in place of the file's values in the section ``limits``.
+    **given : object
+        In place of the file's values; an empty one changes nothing.
 
     Raises
     ------
     ConfigError
-        Naming the file, the key, what was expected and what was found.
+        Naming the file, the key and what was expected there.
     """
     try:
         raw = msgspec.toml.decode(path.read_bytes()) if path else {}
-        if limits:
-            given = msgspec.toml.decode("\n".join(limits).encode())
-            raw["limits"] = raw.get("limits", {}) | given
+        raw |= {key: value for key, value in given.items() if value}
+        section = raw.setdefault("limits", {})
+        if isinstance(section, dict):  # anything else is refused below
+            section |= msgspec.toml.decode("\n".join(limits).encode())
         return msgspec.convert(raw, Config)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path or 'options'}: {error}") from None

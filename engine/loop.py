@@ -288,7 +288,8 @@ class Engine:
     def _feed(self, stream: Stream, now: float) -> None:
         """Move what was accepted towards the model, and tell the scheduler if a hop is whole."""
         lane = self._lanes[stream.lane]
-        self._route(stream, lane.feed(stream.slot))
+        for message in lane.feed(stream.slot):
+            self._route(stream, message)
         self._advance(stream, lane, now)
 
     def _advance(self, stream: Stream, lane: Lane, now: float) -> None:
@@ -322,7 +323,7 @@ class Engine:
         seconds = self._clock() - begin
         self._scheduler.stepped(batch, hops, lane.remaining(batch.slots), seconds)
         for session, message in told:
-            self._route(self._streams[session.name], [message])
+            self._route(self._streams[session.name], message)
         for slot in lane.ending(batch.slots):
             self._advance(self._streams[lane.sessions[slot].name], lane, now)
         self.metrics.rows += hops * len(batch.slots)
@@ -371,17 +372,15 @@ class Engine:
         outbox.clear()
         return body
 
-    def _route(self, stream: Stream, told: Iterable[Message]) -> None:
-        """Queue messages for the stream's client, and results for subscribers too."""
-        peer = self.peers[stream.peer]
-        for message in told:
-            encoded = messages.encode(message)
-            peer.outbox.append(encoded)
-            if isinstance(message, _PUBLISHED):
-                kind = type(message).__name__.lower()
-                self.metrics.results[kind] += 1
-                topic = f"{kind}/{stream.session.name}".encode()
-                self.published.append((topic, messages.body([encoded])))
+    def _route(self, stream: Stream, message: Message) -> None:
+        """Queue a message for the stream's client, and a result for subscribers too."""
+        encoded = messages.encode(message)
+        self.peers[stream.peer].outbox.append(encoded)
+        if isinstance(message, _PUBLISHED):
+            kind = type(message).__name__.lower()
+            self.metrics.results[kind] += 1
+            topic = f"{kind}/{stream.session.name}".encode()
+            self.published.append((topic, messages.body([encoded])))
 
     def _tell(self, peer: Peer, message: Message) -> None:
         peer.outbox.append(messages.encode(message))
@@ -400,7 +399,7 @@ class Engine:
         """Tell a stream's client that it is over, and free its row."""
         name = stream.session.name
         lane = self._lanes[stream.lane]
-        self._route(stream, [stream.session.closed(reason)])
+        self._route(stream, stream.session.closed(reason))
         self._scheduler.removed(stream.lane, stream.slot)
         lane.close(stream.slot)
         self._load -= self._share(lane)

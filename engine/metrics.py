@@ -9,6 +9,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from engine.errors import ConfigError
+
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # rows
 _STEP_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)  # seconds
 
@@ -99,10 +101,18 @@ def serve(metrics: Metrics, address: str) -> str:
     -------
     str
         The URL.
+
+    Raises
+    ------
+    ConfigError
+        If the address is taken or none of this machine's.
     """
     registry = CollectorRegistry()
     registry.register(metrics)
     ProcessCollector(registry=registry)
     host, port = address.rsplit(":", 1)
-    server, _ = start_http_server(int(port), addr=host, registry=registry)
+    try:
+        server, _ = start_http_server(int(port), addr=host, registry=registry)
+    except (OSError, OverflowError) as error:  # taken, or no port at all
+        raise ConfigError(f"metrics: cannot listen at {address}: {error}") from None
     return f"http://{host}:{server.server_port}/metrics"

@@ -23,10 +23,11 @@ from engine.runtime import CpuRuntime, Runtime
 
 log = logging.getLogger(__name__)
 
-_READABLE = int(zmq.POLLIN)
 # Messages taken before the engine gets its turn: some 5 ms of receiving.
 _DRAIN = 512
 _TICK_S = 1.0
+# After the signal to stop: what was sent before it may still be on its way through the kernel.
+_GRACE_S = 0.1
 # libzmq hangs up on a peer that announces more than this, before it takes memory for it. Up to
 # here the engine answers with its own, lower limit.
 _HARD_MAX_BYTES = 16 * 2**20
@@ -66,7 +67,7 @@ class Server:
         self._context = zmq.Context()
         self._clients = self._context.socket(zmq.ROUTER)
         self._subscribers = self._context.socket(zmq.XPUB)  # PUB that tells who listens
-        self._topics: set[bytes] = set()
+        self._topics = 0  # that someone has subscribed to
         limits = config.limits
         for one in (self._clients, self._subscribers):
             one.setsockopt(zmq.LINGER, 1000)
@@ -110,7 +111,7 @@ class Server:
     def _loop(self, arrivals: zmq.Poller, signals: zmq.Poller) -> None:
         gc.freeze()  # what was made so far stays; no collection need look at it again
         next_tick = time.monotonic() + _TICK_S
-        give_up = math.inf
+        stopped = math.inf
         arrival = time.monotonic()
         while True:
             self._receive(arrival)
@@ -122,11 +123,12 @@ class Server:
                 self.engine.tick(now)
                 next_tick = now + _TICK_S
             if self._stopping:
-                give_up = min(give_up, now + self.config.limits.drain_s)
-                if self.engine.drain() or now > give_up:
-                    self._send()
-                    return
+                stopped = min(stopped, now)
+                self.engine.draining = True
+            drained = now > stopped + _GRACE_S and self.engine.drain()
             self._send()
+            if drained or now > stopped + self.config.limits.drain_s:
+                return
             left_s = min(next_tick, pause.until) - time.monotonic()
             if left_s > 0 and not self._stopping:
                 (signals if pause.deaf else arrivals).poll(math.ceil(left_s * 1000))
@@ -136,10 +138,14 @@ class Server:
     def _receive(self, arrival: float) -> None:
         """Hand what has come to the engine."""
         for _ in range(_DRAIN):
-            if not _readable(self._clients):
+            try:
+                peer = self._clients.recv(zmq.NOBLOCK)
+            except zmq.Again:
                 return
-            peer, *frames = self._clients.recv_multipart(zmq.NOBLOCK)
-            body = frames[0] if len(frames) == 1 else b""  # the engine refuses the empty one
+            body = self._clients.recv()
+            while _option(self._clients, zmq.RCVMORE):
+                self._clients.recv()
+                body = b""  # the engine refuses it
             self.engine.receive(peer, body, arrival)
 
     def _send(self) -> None:
@@ -166,10 +172,11 @@ class Server:
 
     def _publish(self) -> None:
         """Send results to subscribers, if there are any."""
-        while _readable(self._subscribers):
-            subscription = self._subscribers.recv(zmq.NOBLOCK)
-            change = self._topics.add if subscription[:1] == b"\1" else self._topics.discard
-            change(subscription[1:])
+        while _option(self._subscribers, zmq.EVENTS) & zmq.POLLIN:
+            # One frame that begins with 1 or 0; a subscriber may send other things, to no effect.
+            head, *more = self._subscribers.recv_multipart(zmq.NOBLOCK)
+            if not more:
+                self._topics += {b"\1": 1, b"\0": -1}.get(head[:1], 0)
         if self._topics:
             for topic, body in self.engine.published:
                 self._subscribers.send_multipart((topic, body))
@@ -190,9 +197,12 @@ def runtime(model: Model, config: Config) -> Runtime:
     return CpuRuntime(model, config.limits.max_streams, config.num_threads)
 
 
-def _readable(one: zmq.Socket[bytes]) -> bool:
-    """Return whether something has come: asking is cheaper than the exception of `recv`."""
-    return bool(int(one.getsockopt(zmq.EVENTS)) & _READABLE)
+def _option(one: zmq.Socket[bytes], option: int) -> int:
+    """Return a socket's option as pyzmq's own `get` does, but make no enum of it.
+
+    The enum takes as long as a `recv`; so does `recv_multipart`, which asks after each frame.
+    """
+    return int(zmq.backend.Socket.get(one, option))
 
 
 def _bind(one: zmq.Socket[bytes], address: str) -> str:

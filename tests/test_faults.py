@@ -165,7 +165,7 @@ def test_a_client_that_dies_frees_its_streams_after_the_idle_time(
 def test_a_subscriber_that_never_reads_holds_up_no_one(
     serving: Starter, beside: Beside, tiny_path: Path, sockets: Sockets
 ) -> None:
-    server = serving("--limit", "max_queued_messages=10", "--limit", "credit_s=100")
+    server = serving("--limit", "credit_s=100")
     lazy = sockets(zmq.SUB)
     lazy.setsockopt(zmq.RCVHWM, 1)
     lazy.setsockopt(zmq.RCVBUF, 4096)
@@ -173,17 +173,23 @@ def test_a_subscriber_that_never_reads_holds_up_no_one(
     lazy.subscribe("scores/loud")
     good = beside(server)
     loud = good.client.open("loud", "tiny", rate_hz=100.0, unit="mV")
-    loud.send(np.zeros(40, np.float32))
-    assert lazy.poll(DEADLINE_S * 1000)  # it is there, and reads nothing from now on
-    for _ in range(20):
+    loud.send(np.zeros(HOP, np.float32))
+    while not lazy.poll(10):  # until its subscription has come through; then it reads no more
+        loud.send(np.zeros(HOP, np.float32))
+    before = loud.flush()
+    for _ in range(60):
         loud.send(np.zeros(6000, np.float32))
         loud.flush()
-        good.events += good.client.events()
-        good.send(50)
+        good.send(30)
     assert metric(server, "murmur_dropped_peers_total") == 0
     good.assert_unharmed(tiny_path)
-    mine = [one for one in good.events if isinstance(one, m.Scores) and one.stream == "loud"]
-    assert len(mine) == 2 * (20 * 6000 + 40) // HOP
+    told = [one for one in good.events if isinstance(one, m.Scores) and one.stream == "loud"]
+    assert len(told) == 2 * (before + 60 * 6000) // HOP
+    read = 0
+    while lazy.poll(100):
+        lazy.recv_multipart()
+        read += 1
+    assert read < len(told)  # there was more than it could have been kept
 
 
 def test_garbage_is_answered_and_harms_no_one(
@@ -243,10 +249,9 @@ def test_at_sigterm_all_that_was_sent_before_is_answered_first(
         for name in names:
             tell(client, m.Chunk(name, number, number, SIGNAL[number : number + 1].tobytes()))
     server.process.send_signal(signal.SIGTERM)
-    server.process.send_signal(signal.SIGCONT)
+    assert server.stop(signal.SIGCONT) == 0
     while sum(isinstance(one, m.Closed) for one in told) < len(names):
         told += hear(client)
-    assert server.process.wait(DEADLINE_S) == 0
     assert {one for one in told if isinstance(one, m.Closed)} == {
         m.Closed(name, "draining", 200, 200, 0, 0, 0) for name in names
     }
@@ -274,14 +279,16 @@ def test_a_client_goes_on_with_the_next_server_at_that_address(
         streams = [client.open(name, "tiny", rate_hz=100.0, unit="mV") for name in "st"]
         send_all_acked(client, streams, SIGNAL[:500])
         before = list(client.events())
+        sent = 500
         if number == signal.SIGKILL:
             first.process.send_signal(signal.SIGSTOP)  # it takes what comes, and answers nothing
             for stream in streams:
                 stream.send(SIGNAL[500:650])
+            sent = 650
         first.stop(number)
         serving(bind=first.address)
         for stream in streams:
-            stream.send(SIGNAL[stream._index : 1200])
+            stream.send(SIGNAL[sent:1200])
             assert stream.flush() == 1200
         after = list(client.events())
         for stream in streams:
@@ -305,6 +312,6 @@ def test_a_stream_that_the_next_server_refuses_ends_and_the_others_go_on(
         streams[0].send(SIGNAL[500:1200])
         assert streams[0].flush() == 1200
         assert_plain(tiny_path, list(client.events()), SIGNAL[500:1200], "s", first=500)
-        with pytest.raises(Refused, match="limits.max_streams is 1") as caught:
+        with pytest.raises(Refused, match=r"limits\.max_streams is 1") as caught:
             streams[1].send(SIGNAL[500:])
         assert caught.value.code == "full"
