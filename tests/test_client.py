@@ -1,5 +1,6 @@
 """The client against a real server: credit, events, refusals, silence, several streams."""
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -140,9 +141,43 @@ def test_a_stream_that_sends_nan_ends_and_the_others_of_the_client_do_not(
     with pytest.raises(Refused, match=r"found \[nan\] at index 1") as caught:
         bad.flush()
     assert caught.value.code == "not_finite"
+    deadline = time.monotonic() + 0.6  # longer than the client waits before it connects anew
+    client.wait(lambda: time.monotonic() > deadline)
     good.send(SIGNAL[50:])
     good.flush()
     assert_plain(tiny_path, beats(list(client.events()), "good")[:50], SIGNAL)
+
+
+class Wire:
+    """A connection on which all is said and nothing waited for."""
+
+    max_chunk_bytes = 1000
+
+    def __init__(self) -> None:
+        self.told: list[m.Message] = []
+        self.tell = self.told.append
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        assert condition()
+
+
+def test_an_ack_of_the_connection_before_is_not_taken_for_one_of_the_next() -> None:
+    """Chunks are numbered anew, so the old number would name another chunk."""
+    wire = Wire()
+    stream = Stream(wire, m.Open("s", "tiny", 100.0, "mV"))  # type: ignore[arg-type]
+    stream.opened(m.Opened("s", "tiny", "", 200, 0.0, 0.2))
+    stream.send(SIGNAL[:150])  # chunks of 50
+    stream.acked(m.Ack("s", 0, 50))
+    opened, *again = stream.resume()
+    assert opened == m.Open("s", "tiny", 100.0, "mV", index=50)
+    second, third = wire.told[1:]
+    assert [(one.seq, one.index, one.data) for one in again] == [
+        (0, 50, second.data),
+        (1, 100, third.data),
+    ]
+    stream.acked(m.Ack("s", 1, 100))  # of the old numbering: the second chunk
+    assert stream.acked_index == 50
+    assert stream.resume() == [opened, *again]
 
 
 def test_a_fast_stream_is_cut_into_chunks_that_the_server_takes(serving: Starter) -> None:

@@ -220,10 +220,16 @@ def test_who_does_not_begin_with_hello_is_told_so(
     stranger.until("welcome")
 
 
-def test_a_socket_that_adds_a_frame_is_told_so(sockets: Sockets, running: Server) -> None:
+@pytest.mark.parametrize("place", [0, 1], ids=["before", "behind"])
+def test_a_socket_that_adds_a_frame_is_told_so(
+    sockets: Sockets, running: Server, place: int
+) -> None:
+    """A REQ socket sends an empty one before the body."""
+    frames = [msgpack.packb([{"type": "hello", "version": 1}])]
+    frames.insert(place, b"")
     request = sockets(zmq.DEALER)
     request.connect(running.address)
-    request.send_multipart([b"", msgpack.packb([{"type": "hello", "version": 1}])])  # as REQ does
+    request.send_multipart(frames)
     assert request.poll(10_000)
     (error,) = msgpack.unpackb(request.recv())
     assert error["code"] == "malformed"

@@ -83,6 +83,14 @@ TABLE = [
     Bad("close before open", GREETED, CLOSE, "unknown_stream", "'s' is not open"),
     Bad("chunk after close", [*OPENED, CLOSE], CHUNK, "unknown_stream", "'s' is not open", seq=0),
     Bad(
+        "chunk while it closes",
+        [*OPENED, CHUNK, CLOSE],
+        CHUNK | {"seq": 1, "index": 20},
+        "unknown_stream",
+        "'s' is not open",
+        seq=1,
+    ),
+    Bad(
         "another's chunk",
         OPENED,
         CHUNK | {"stream": "good", "seq": 9},
