@@ -28,7 +28,7 @@ from engine.load import Load, Outcome, Signal
 from engine.loop import Engine
 from engine.metrics import Metrics
 from engine.model_file import Model
-from engine.runtime import CpuRuntime, Step, initial_row, random_rows
+from engine.runtime import CpuRuntime, Step, constants, initial_row, random_rows
 from engine.signal import Front
 
 Report = dict[str, Any]
@@ -204,7 +204,7 @@ def load(model: str = "heart", streams: int = 1000, seconds: float = 30) -> Repo
     }
 
 
-def latency(model: str = "heart", chunks: int = 2000) -> Report:
+def latency(model: str = "heart", chunks: int = 1000) -> Report:
     """Send one stream, a hop a chunk, on an idle machine; subtract the bare step."""
     loaded = model_file.load(model)
     signal = recording()
@@ -213,8 +213,8 @@ def latency(model: str = "heart", chunks: int = 2000) -> Report:
     events: list[NDArray[np.float64]] = []
     with serving(model) as server:
         generator = Load(server.address, loaded.spec.name, signal, 1, hop)
-        for _ in range(10):
-            events.append(generator.run(chunks / 10 * 0.02, period_s=0.02).latency)
+        for _ in range(5):
+            events.append(generator.run(chunks / 5 * 0.02, period_s=0.02).latency)
             steps += _bare_steps(loaded, 50)
         generator.close()
     event_ms = float(np.median(np.concatenate(events)) * 1e3)
@@ -455,10 +455,12 @@ def _feed(
     model: Model, rows: int, hops: int, rng: np.random.Generator
 ) -> dict[str, NDArray[np.float32]]:
     """Return inputs of one call on random state and signal."""
-    (stage,) = model.spec.stages
+    if len(model.spec.stages) != 1:
+        raise MurmurError(f"{model.spec.name}: expected a model of one graph")
+    stage = model.spec.stages[0]
     first, *rest = stage.input_shape
     samples = rng.standard_normal((rows, hops * first, *rest)).astype(np.float32)
-    feed = {stage.input: samples}
+    feed = {stage.input: samples, **constants(stage)}
     for state in stage.states:
         value = rng.uniform(-0.9, 0.9, (rows, *state.shape)).astype(np.float32)
         feed[state.input] = np.ascontiguousarray(np.moveaxis(value, 0, state.batch_axis))

@@ -24,7 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 from engine import features
 from engine.errors import ModelFileError
 from engine.model_file import Model, Stage, open_session
-from engine.runtime import Outputs, initial_row
+from engine.runtime import Outputs, constants, initial_row
 
 log = logging.getLogger(__name__)
 
@@ -169,9 +169,8 @@ class DeviceRuntime:
             binding.bind_ortvalue_input(self._stage.input, samples)
             binding.bind_ortvalue_input(_SLOTS, slots)
             binding.bind_ortvalue_input(_ARENA, self._arenas[turn])
-            for name, value in self._stage.constants.items():
-                kind = np.int64 if isinstance(value, int) else np.float32
-                binding.bind_ortvalue_input(name, self._upload(np.asarray(value, kind)))
+            for name, constant in constants(self._stage).items():
+                binding.bind_ortvalue_input(name, self._upload(constant))
             for name, value in outputs.items():
                 binding.bind_ortvalue_output(name, value)
             binding.bind_ortvalue_output(_ARENA_OUT, self._arenas[turn - 1])
@@ -189,8 +188,7 @@ class DeviceRuntime:
             shape = list(state.shape)
             shape.insert(state.batch_axis, 1)
             feed[state.input] = np.full(shape, state.initial, np.float32)
-        for name, value in self._stage.constants.items():
-            feed[name] = np.asarray(value, np.int64 if isinstance(value, int) else np.float32)
+        feed |= constants(self._stage)
         names = [output.name for output in self.model.spec.outputs]
         results = self.model.sessions[0].run(names, feed)
         return {name: value.shape[1:] for name, value in zip(names, results, strict=True)}

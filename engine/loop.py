@@ -8,6 +8,7 @@ is an argument, so the same engine runs under a test's clock.
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -38,10 +39,10 @@ WINGS: dict[str, Callable[[ModelSpec, int], Wing]] = {
 # Codes after which a stream cannot go on: its signal is not what was announced.
 _FATAL = frozenset({"bad_length", "not_finite"})
 # Every wake costs as much as some ten chunks: by then the caches hold the model's weights, not
-# the interpreter. So where many chunks come, they are left in their socket for a while and taken
-# together, for half of the tightest budget at the most (docs/decisions.md).
-_MAX_PATIENCE_S = 0.05
+# the interpreter. So where many chunks come, they are left in their socket until a batch should be
+# full or its time has come (docs/decisions.md); who opens a stream or pings waits so long as well.
 _MANY = 8
+_LONGEST_PAUSE_S = 0.1
 _PUBLISHED = (
     messages.Beat,
     messages.Alert,
@@ -128,7 +129,8 @@ class Engine:
         self._scheduler = Scheduler(terms)
         self._streams: dict[str, Stream] = {}
         self._last_chunk: dict[str, float] = {}
-        self._patience_s = _MAX_PATIENCE_S
+        self._budgets: Counter[float] = Counter()  # latency budgets of the open streams
+        self._tightest_s = math.inf
         self._load = 0.0  # part of the capacity that open streams need
 
     # --- in --------------------------------------------------------------------------------
@@ -233,7 +235,8 @@ class Engine:
         slot = lane.open(session)
         self._streams[request.stream] = Stream(session, request.model, slot, peer_id, budget_s)
         self._last_chunk[request.stream] = now
-        self._patience_s = min(self._patience_s, budget_s / 2)
+        self._budgets[budget_s] += 1
+        self._tightest_s = min(self._tightest_s, budget_s)
         self._load += self._share(lane)
         peer.streams.add(request.stream)
         self.metrics.streams_open = len(self._streams)
@@ -307,10 +310,11 @@ class Engine:
         if isinstance(decision, Batch):
             self._step(decision, now)
             return Pause(now, deaf=False)
-        until = now + self._patience_s
+        expected, until = self._scheduler.arrivals(now, self._tightest_s)
+        until = min(until, now + _LONGEST_PAUSE_S)
         if decision.until is not None:
             return Pause(min(until, decision.until), deaf=True)
-        if self._scheduler.expected(now, until) >= _MANY:
+        if expected >= _MANY:
             return Pause(until, deaf=True)
         return Pause(math.inf, deaf=False)
 
@@ -405,5 +409,9 @@ class Engine:
         self._load -= self._share(lane)
         self.peers[stream.peer].streams.discard(name)
         del self._streams[name], self._last_chunk[name]
+        self._budgets[stream.budget_s] -= 1
+        if not self._budgets[stream.budget_s]:
+            del self._budgets[stream.budget_s]
+            self._tightest_s = min(self._budgets, default=math.inf)
         self.metrics.streams_open = len(self._streams)
         log.info("stream %s closed: %s", name, reason)

@@ -285,6 +285,14 @@ class CpuRuntime:
         return [state, *(np.concatenate([part[name] for part in parts]) for name in parts[0])]
 
 
+def constants(stage: Stage) -> dict[str, Array]:
+    """Return the inputs of a graph that are the same at every step."""
+    return {
+        name: np.asarray(value, np.int64 if isinstance(value, int) else np.float32)
+        for name, value in stage.constants.items()
+    }
+
+
 def initial_row(states: tuple[State, ...]) -> NDArray[np.float32]:
     """Return a new stream's packed state, (values,) float32."""
     parts = [np.full(state.size, state.initial, np.float32) for state in states]
@@ -367,10 +375,7 @@ class _StageStep:
             place = slice(column, column + state.size)
             self._columns.append(_Column(state.input, place, state.shape, state.batch_axis))
             column += state.size
-        self._constants = {
-            name: np.asarray(value, np.int64 if isinstance(value, int) else np.float32)
-            for name, value in stage.constants.items()
-        }
+        self._constants = constants(stage)
 
     def run(self, rows: NDArray[np.float32], windows: NDArray[np.float32]) -> Outputs:
         count = len(windows)

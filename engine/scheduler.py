@@ -60,12 +60,14 @@ class _Lane:
         self.later: dict[int, deque[tuple[int, float]]] = {}
         self.newest = np.zeros(terms.num_slots)  # deadline of the last arrival
         self.is_ready = np.zeros(terms.num_slots, bool)
+        self.used = 0  # slots from here on have never been ready
         self.arrival: dict[int, float] = {}
         # The last three intervals between arrivals: their median is the period, so that one
         # pause does not change it. Until they are known, a live stream's chunk says it best.
         self.intervals: dict[int, tuple[float, ...]] = {}
         self.due = np.full(terms.num_slots, -np.inf)  # when the next arrival is overdue
         self.slowness = 1.0  # real step time over measured step time, running mean
+        self.reserve = _MARGIN  # seconds that the last step would have needed before a deadline
         # Not always the fullest: only that one is spread over all cores.
         self.longest_step = max(map(terms.step_seconds, range(1, terms.max_rows + 1)))
         # The plan: wait until then, or until that row is ready. A time in the past is none.
@@ -85,6 +87,7 @@ class _Lane:
         self.arrival[slot] = now
         self.due[slot] = now + period + min(_LATE, period / 4)
         self.newest[slot] = deadline
+        self.used = max(self.used, slot + 1)
         if not self.is_ready[slot]:
             self.ready[slot] = None
             self.is_ready[slot] = True
@@ -140,7 +143,8 @@ class _Lane:
         # What the step will take if the batch fills up while it waits.
         self.step = self.slowness * self.longest_step
         self.limit = float((self.deadline[slots] - self.hops[slots] * self.step).min()) - _MARGIN
-        expected = np.where(self.is_ready | (self.due > self.limit), -np.inf, self.due)
+        due = self.due[: self.used]
+        expected = np.where(self.is_ready[: self.used] | (due > self.limit), -np.inf, due)
         self.awaited = int(expected.argmax())
         self.until = float(expected[self.awaited])
         return self.until <= now
@@ -188,6 +192,7 @@ class Scheduler:
         lane.stepped(batch.slots, taken, hops)
         ratio = seconds / (taken * lane.terms.step_seconds(len(batch.slots)))
         lane.slowness += _SMOOTHING * (min(max(ratio, 1.0), _SLOWEST) - lane.slowness)
+        lane.reserve = taken * lane.slowness * lane.longest_step + _MARGIN
 
     def removed(self, lane: str, slot: int) -> None:
         """Forget a row whose stream is over."""
@@ -197,12 +202,33 @@ class Scheduler:
         """Return the deadline of each row of a batch."""
         return self._lanes[batch.lane].deadline[batch.slots]
 
-    def expected(self, now: float, until: float) -> int:
-        """Return how many rows should become ready between two times."""
-        return sum(
-            int(np.count_nonzero((lane.due > now) & (lane.due <= until) & ~lane.is_ready))
-            for lane in self._lanes.values()
-        )
+    def arrivals(self, now: float, budget_s: float) -> tuple[int, float]:
+        """Return how many rows should become ready before it would be time to step them, and when.
+
+        Parameters
+        ----------
+        now : float
+        budget_s : float
+            From an arrival to its deadline, at the least.
+
+        Returns
+        -------
+        int
+        float
+            The time at which a batch should be full, or at which one with the deadline ``now +
+            budget_s`` must go.
+        """
+        count, until = 0, now + budget_s
+        for lane in self._lanes.values():
+            last = now + budget_s - lane.reserve
+            due = lane.due[: lane.used]
+            expected = due[(due > now) & (due <= last) & ~lane.is_ready[: lane.used]]
+            count += len(expected)
+            missing = max(1, lane.terms.max_rows - len(lane.ready))
+            if len(expected) >= missing:
+                last = float(np.partition(expected, missing - 1)[missing - 1])
+            until = min(until, last)
+        return count, max(until, now)
 
     def next(self, now: float) -> Batch | Wait:
         """Return the batch to run now, or the time at which to ask again."""
