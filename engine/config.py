@@ -25,6 +25,7 @@ class Limits(_Section, frozen=True):
     max_streams: Count = 4096  # of each model
     max_streams_per_peer: Count = 4096
     max_message_bytes: Count = 1_048_576
+    max_messages: Count = 512  # in one body
     max_chunk_bytes: Count = 262_144
     max_queued_messages: Count = 1_000  # to a peer that does not read; then it is dropped
     credit_s: Positive = 2.0  # seconds of signal that a stream may have in flight

@@ -192,7 +192,7 @@ class Lane:
             self._begin[slot] = position
             self.front.reset(slot)
             self.runtime.reset(slot)
-            self.wing.gap(slot)
+        self.wing.gap(slot, self.spec.gap)
         session.anchor(position, lost.end)
         return [*told, Gap(session.name, first, lost.end, self.spec.gap)]
 

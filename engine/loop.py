@@ -169,9 +169,16 @@ class Engine:
                 f"found {len(body)}",
             )
         try:
-            return messages.decode_requests(body)
+            requests = messages.decode_requests(body)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise Refused("malformed", f"expected an array of messages: {error}") from None
+        if len(requests) > self.limits.max_messages:
+            raise Refused(
+                "oversize",
+                f"message: expected an array of at most {self.limits.max_messages}, "
+                f"found {len(requests)}",
+            )
+        return requests
 
     def _handle(self, peer_id: bytes, peer: Peer, request: messages.Request, now: float) -> None:
         if isinstance(request, messages.Hello):
@@ -204,6 +211,7 @@ class Engine:
             SERVER,
             sorted(self._models),
             self.limits.max_message_bytes,
+            self.limits.max_messages,
             self.limits.max_chunk_bytes,
             self.limits.idle_timeout_s,
         )
@@ -230,7 +238,10 @@ class Engine:
         self._admit(lane)
         model = self._models[request.model]
         credit = round(lane.credit_s * request.rate_hz)
-        session = Session(request, model.spec.input, credit, self.limits.max_chunk_bytes)
+        num_anchors = 4 + lane.wing.delay // lane.hop
+        session = Session(
+            request, model.spec.input, credit, self.limits.max_chunk_bytes, num_anchors
+        )
         budget_s = (request.latency_ms or model.spec.latency_ms) / 1000
         slot = lane.open(session)
         self._streams[request.stream] = Stream(session, request.model, slot, peer_id, budget_s)

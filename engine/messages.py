@@ -17,6 +17,7 @@ NOTICE = "Research and education software, not a medical device."
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}\Z")]
 Text = Annotated[str, Meta(max_length=256)]
 Index = Annotated[int, Meta(ge=0, le=2**62)]
+Gapped = Literal["hold", "reset"]
 Dtype = Literal["f4", "i2"]  # float32 or int16, both little-endian
 
 
@@ -87,6 +88,7 @@ class Welcome(Message, frozen=True):
     server: str
     models: list[str]
     max_message_bytes: int
+    max_messages: int  # in one body
     max_chunk_bytes: int
     idle_timeout_s: float
     notice: str = NOTICE
@@ -117,7 +119,7 @@ class Gap(Message, frozen=True):
     stream: str
     start: int
     end: int
-    state: Literal["hold", "reset"]  # what became of the model's state
+    state: Gapped  # what became of the model's state
 
 
 class Flushed(Message, frozen=True):

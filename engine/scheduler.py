@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 _LATE = 0.003
 # Seconds kept between the planned end of a step and the deadline, for routing and sending.
 _MARGIN = 0.010
+# Seconds that a level of priority is worth once deadlines are being missed. A model that is never
+# through, such as one that is fed faster than real time, keeps another waiting no longer.
+_HANDICAP = 0.1
 _SMOOTHING = 0.2  # weight of the newest value in the running mean of the slowness
 _SLOWEST = 4.0  # one stall of the machine must not stop all batching
 
@@ -249,8 +252,8 @@ class Scheduler:
         return Wait(min(wake) if wake else None)
 
 
-def _urgency(lane: _Lane, now: float) -> tuple[bool, int, float]:
-    """Order lanes: those that miss deadlines by priority first, then the earliest deadline."""
+def _urgency(lane: _Lane, now: float) -> tuple[bool, float]:
+    """Order lanes: the earliest deadline first; among those that miss them, priority counts too."""
     earliest = min(float(lane.deadline[slot]) for slot in lane.ready)
     late = now > earliest
-    return not late, lane.terms.priority if late else 0, earliest
+    return not late, earliest + (lane.terms.priority * _HANDICAP if late else 0.0)

@@ -23,14 +23,16 @@ from engine.runtime import CpuRuntime, Runtime
 
 log = logging.getLogger(__name__)
 
-# Messages taken before the engine gets its turn: some 5 ms of receiving.
-_DRAIN = 512
+# Of receiving, before the engine gets its turn: no flood keeps the loop from its deadlines.
+_LONGEST_DRAIN_S = 0.02
 _TICK_S = 1.0
 # After the signal to stop: what was sent before it may still be on its way through the kernel.
 _GRACE_S = 0.1
 # libzmq hangs up on a peer that announces more than this, before it takes memory for it. Up to
 # here the engine answers with its own, lower limit.
 _HARD_MAX_BYTES = 16 * 2**20
+# What subscribers send is remembered byte by byte; the longest topic has 70.
+_MAX_TOPIC_BYTES = 256
 
 
 class Endpoints(NamedTuple):
@@ -66,16 +68,16 @@ class Server:
         self._stopping = False
         self._context = zmq.Context()
         self._clients = self._context.socket(zmq.ROUTER)
-        self._subscribers = self._context.socket(zmq.XPUB)  # PUB that tells who listens
-        self._topics = 0  # that someone has subscribed to
+        self._subscribers = self._context.socket(zmq.PUB)
         limits = config.limits
         for one in (self._clients, self._subscribers):
             one.setsockopt(zmq.LINGER, 1000)
             one.setsockopt(zmq.SNDHWM, limits.max_queued_messages)
-            one.setsockopt(zmq.MAXMSGSIZE, _HARD_MAX_BYTES)
             # TCP says nothing of a host that vanished; ZeroMQ's own heartbeat does.
             one.setsockopt(zmq.HEARTBEAT_IVL, 5_000)
             one.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15_000)
+        self._clients.setsockopt(zmq.MAXMSGSIZE, _HARD_MAX_BYTES)
+        self._subscribers.setsockopt(zmq.MAXMSGSIZE, _MAX_TOPIC_BYTES)
         # A peer that is gone or does not read is an error to see, not a message to lose.
         self._clients.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._clients.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -137,7 +139,8 @@ class Server:
 
     def _receive(self, arrival: float) -> None:
         """Hand what has come to the engine."""
-        for _ in range(_DRAIN):
+        until = time.monotonic() + _LONGEST_DRAIN_S
+        while time.monotonic() < until:
             try:
                 peer = self._clients.recv(zmq.NOBLOCK)
             except zmq.Again:
@@ -149,8 +152,9 @@ class Server:
             self.engine.receive(peer, body, arrival)
 
     def _send(self) -> None:
-        if self.engine.published:
-            self._publish()
+        for topic, body in self.engine.published:
+            self._subscribers.send_multipart((topic, body))
+        self.engine.published.clear()
         for peer_id, body in self.engine.turned_away:
             with contextlib.suppress(zmq.ZMQError):  # nobody's loss if it is gone or does not read
                 self._clients.send_multipart((peer_id, body), zmq.NOBLOCK)
@@ -169,18 +173,6 @@ class Server:
         for peer_id, reason in lost:
             log.warning("peer %s given up: %s", peer_id.hex(), reason)
             self.engine.drop(peer_id, reason)
-
-    def _publish(self) -> None:
-        """Send results to subscribers, if there are any."""
-        while _option(self._subscribers, zmq.EVENTS) & zmq.POLLIN:
-            # One frame that begins with 1 or 0; a subscriber may send other things, to no effect.
-            head, *more = self._subscribers.recv_multipart(zmq.NOBLOCK)
-            if not more:
-                self._topics += {b"\1": 1, b"\0": -1}.get(head[:1], 0)
-        if self._topics:
-            for topic, body in self.engine.published:
-                self._subscribers.send_multipart((topic, body))
-        self.engine.published.clear()
 
     def _close(self) -> None:
         self._clients.close()

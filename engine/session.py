@@ -65,6 +65,8 @@ class Session:
     credit : int
         Samples that may be in flight, beside those that a resampler holds back; more are refused.
     max_chunk_bytes : int
+    num_anchors : int
+        Of the last gaps and flushes, how many lie where a result may still be told.
 
     Attributes
     ----------
@@ -74,7 +76,14 @@ class Session:
         The client's index after the last sample that was accepted.
     """
 
-    def __init__(self, opened: Open, signal: Input, credit: int, max_chunk_bytes: int) -> None:
+    def __init__(
+        self,
+        opened: Open,
+        signal: Input,
+        credit: int,
+        max_chunk_bytes: int,
+        num_anchors: int = 4,
+    ) -> None:
         self.name = opened.stream
         self.rate_hz = opened.rate_hz
         self.inbox: deque[Item] = deque()
@@ -95,7 +104,7 @@ class Session:
         # Chunks whose effects are not all out: (model's position after it, *ack).
         self._marks: deque[tuple[int, int, int, int]] = deque()
         # Where the client's time axis was laid against the model's: (position, index).
-        self._anchors: deque[tuple[int, int]] = deque([(0, opened.index)], maxlen=4)
+        self._anchors: deque[tuple[int, int]] = deque([(0, opened.index)], maxlen=num_anchors)
 
     # --- in --------------------------------------------------------------------------------
 
@@ -166,7 +175,7 @@ class Session:
         raw = np.frombuffer(chunk.data, self._dtype).reshape(-1, channels)
         values: NDArray[np.float32] = raw.astype(np.float32, copy=False)
         if self._scale != 1.0 or self._offset != 0.0:
-            with np.errstate(over="ignore"):  # found below
+            with np.errstate(over="ignore", invalid="ignore"):  # found below
                 values = values * np.float32(self._scale) + np.float32(self._offset)
         # One pass that allocates nothing; only a sum that overflows needs the closer look.
         if not math.isfinite(np.vdot(values, values)) and not np.isfinite(values).all():
@@ -211,10 +220,20 @@ class Session:
 
     def index_at(self, position: int) -> int:
         """Return the client's index of the model's sample at a position."""
+        position_0, index_0 = self._anchor_of(position)
+        return index_0 + round((position - position_0) * self._down / self._up)
+
+    def needed_until(self, position: int) -> int:
+        """Return the index before which lies all that the model's samples before one came from."""
+        position_0, index_0 = self._anchor_of(position)
+        steps = -((position_0 - position) * self._down // self._up)
+        return index_0 + steps + (self._resampler.reach if self._resampler else 0)
+
+    def _anchor_of(self, position: int) -> tuple[int, int]:
         for anchor in reversed(self._anchors):
             if position >= anchor[0]:
                 break
-        return anchor[1] + round((position - anchor[0]) * self._down / self._up)
+        return anchor
 
     def anchor(self, position: int, index: int) -> None:
         """Lay the two time axes together anew: after a gap, after a flush."""

@@ -67,7 +67,8 @@ class Resampler:
     """Change a stream's rate by a rational factor, chunk by chunk.
 
     A polyphase FIR: output *n* is a fixed sum over the inputs around time ``n / rate_out``, so
-    the time axis is kept and any split into chunks gives the same bits.
+    the time axis is kept and any split into chunks gives the same bits. Before the first input
+    and behind the last lies their value, not 0: an electrode's offset is no step.
 
     Parameters
     ----------
@@ -93,10 +94,14 @@ class Resampler:
         # Kept inputs start at a multiple of `down`, so that output times fall on upfirdn's grid.
         self._first = -self.down * -(-self.reach // self.down)
         self._kept = np.zeros((-self._first, channels), np.float32)
+        self._fresh = True
         self._produced = 0
 
     def push(self, chunk: NDArray[np.float32]) -> NDArray[np.float32]:
         """Take (samples, channels), return every output sample that is now complete."""
+        if self._fresh and len(chunk):
+            self._kept[:] = chunk[0]
+            self._fresh = False
         self._kept = np.concatenate([self._kept, chunk])
         received = self._first + len(self._kept)
         # Output n needs inputs up to n * down / up + reach.
@@ -111,8 +116,10 @@ class Resampler:
         return out
 
     def flush(self) -> NDArray[np.float32]:
-        """Force the tail out: the outputs that wait for inputs which will not come."""
-        return self.push(np.zeros((self.reach, self._kept.shape[1]), np.float32))
+        """Force the tail out, as if the last value went on."""
+        if self._fresh:
+            return np.empty((0, self._kept.shape[1]), np.float32)
+        return self.push(np.repeat(self._kept[-1:], self.reach, axis=0))
 
     def _forget(self) -> None:
         oldest = self._produced * self.down // self.up - self.reach

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.messages import Message, Samples, Scores
+from engine.messages import Gapped, Message, Samples, Scores
 from engine.model_file import ModelSpec
 
 Outputs = Mapping[str, NDArray[np.float32]]
@@ -25,6 +25,9 @@ class Timeline(Protocol):
 
     def index_at(self, position: int) -> int:
         """Return the client's sample index of the model's sample at a position."""
+
+    def needed_until(self, position: int) -> int:
+        """Return the index before which lies all that the model's samples before one came from."""
 
 
 class Rows(NamedTuple):
@@ -53,8 +56,12 @@ class Wing(Protocol):
     def reset(self, slot: int) -> None:
         """Forget all: a new stream, or the same one after a flush."""
 
-    def gap(self, slot: int) -> None:
-        """Forget what lost samples made void, but nothing that only samples may revoke."""
+    def gap(self, slot: int, state: Gapped) -> None:
+        """Forget what lost samples made void, but nothing that only samples may revoke.
+
+        ``state`` says what became of the model's state. Where it was held, the outputs go on as
+        if the samples on both sides were neighbours.
+        """
 
     def push(self, rows: Rows, outputs: Outputs) -> list[tuple[int, Message]]:
         """Return results as (row, message), those of a row in the order of time."""
@@ -84,7 +91,8 @@ class ScoresWing:
     def reset(self, slot: int) -> None:
         """Nothing is remembered."""
 
-    gap = reset
+    def gap(self, slot: int, state: Gapped) -> None:
+        """Nothing is remembered."""
 
     def push(self, rows: Rows, outputs: Outputs) -> list[tuple[int, Message]]:
         """Return one message per row, hop and output."""
@@ -126,7 +134,10 @@ class AudioWing:
     def reset(self, slot: int) -> None:
         self.sums[slot] = 0.0
 
-    gap = reset
+    def gap(self, slot: int, state: Gapped) -> None:
+        """Let go of the overlap, unless the model goes on."""
+        if state == "reset":
+            self.reset(slot)
 
     def push(self, rows: Rows, outputs: Outputs) -> list[tuple[int, Message]]:
         """Return the samples that each row's step completed."""

@@ -1,10 +1,12 @@
 """What the engine must equal, computed the plain way: one stream, the whole record, no batching."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
+from scipy.signal import resample_poly
 
 Results = dict[str, NDArray[np.float32]]
 
@@ -42,6 +44,16 @@ def tail_padded(signal: NDArray[np.float32], hop: int, delay: int = 0) -> NDArra
     """Append the last value up to a whole hop, and until the delay has passed."""
     wanted = -(-(len(signal) + delay) // hop) * hop
     return np.pad(signal, (0, wanted - len(signal)), mode="edge")
+
+
+def resampled(signal: NDArray[np.float32], up: int, down: int) -> NDArray[np.float32]:
+    """Resample a whole record, (samples, ...), whose first and last value go on for ever."""
+    edge = 100 * down // math.gcd(up, down)  # whole periods, and more than the kernel's half
+    widths = [(edge, edge)] + [(0, 0)] * (signal.ndim - 1)
+    padded = np.pad(signal.astype(np.float64), widths, mode="edge")
+    whole = resample_poly(padded, up, down, window=("kaiser", 5.0))
+    cut: NDArray[np.float32] = whole[edge * up // down : -edge * up // down].astype(np.float32)
+    return cut
 
 
 def overlap_add(windows: list[NDArray[np.float32]], hop: int) -> NDArray[np.float32]:

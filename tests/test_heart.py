@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from engine import messages
+from engine import messages, model_file
 from engine.alerts import AlertMachine, Change, Rule
 from engine.heart.beats import Beat, BeatFinder
 from engine.heart.rhythm import RULES, Rhythm
@@ -16,6 +16,7 @@ from engine.heart.wing import HeartWing
 from engine.model_file import ModelSpec
 from engine.wing import Rows
 from tests import plain, tiny
+from tests.drive import Driven, chunks
 
 RATE_HZ = int(tiny.RATE_HZ)
 LOOK_AHEAD = 8
@@ -103,6 +104,9 @@ class Timeline(NamedTuple):
     def index_at(self, position: int) -> int:
         return 1000 + position
 
+    def needed_until(self, position: int) -> int:
+        return 1010 + position
+
 
 class Patient:
     """A heart wing of one row, told of beats by their label; one a second."""
@@ -141,9 +145,9 @@ def test_a_beat_is_told_at_the_clients_index() -> None:
     expected = [
         messages.Beat("s", index, index / RATE_HZ, "N", 1.0, decided_at, rate)
         for index, decided_at, rate in [
-            (place, 1000 + 12 * STRIDE, None),
-            (place + 100, 1100 + 12 * STRIDE, None),
-            (place + 200, 1200 + 12 * STRIDE, 60.0),
+            (place, 1010 + 12 * STRIDE, None),
+            (place + 100, 1110 + 12 * STRIDE, None),
+            (place + 200, 1210 + 12 * STRIDE, 60.0),
         ]
     ]
     assert told == [[beat] for beat in expected]
@@ -176,10 +180,10 @@ def test_six_ventricular_beats_a_minute_are_frequent_until_fewer_than_four_are()
 def test_lost_samples_neither_resolve_an_alert_nor_help_to_raise_one() -> None:
     patient = Patient()
     assert patient.changes("NVVV") == [("ventricular_run", "active")]
-    patient.wing.gap(0)
+    patient.wing.gap(0, "reset")
     assert patient.changes("V") == []  # new data, and it does not say that the run is over
     assert patient.changes("N") == [("ventricular_run", "resolved")]
-    patient.wing.gap(0)
+    patient.wing.gap(0, "reset")
     assert patient.changes("VVN") == []  # six in all, but who knows how far apart
 
 
@@ -187,7 +191,7 @@ def test_lost_samples_do_not_resolve_frequent_ventricular_beats() -> None:
     patient = Patient()
     frequent = "frequent_ventricular_beats"
     assert (frequent, "active") in patient.changes("VN" * 6)
-    patient.wing.gap(0)
+    patient.wing.gap(0, "reset")
     assert patient.changes("N" * 60) == []
     assert patient.changes("N") == [(frequent, "resolved")]  # a whole minute was seen
 
@@ -245,3 +249,37 @@ def test_a_measure_that_is_missing_changes_nothing() -> None:
 
 def test_every_rule_clears_below_where_it_raises() -> None:
     assert all(rule.clear_below < rule.raise_at for rule in RULES)
+
+
+def test_beats_on_the_two_sides_of_lost_samples_make_no_heart_rate_though_the_state_is_held() -> (
+    None
+):
+    patient = Patient()
+    told = [patient.beat("N") for _ in range(3)]
+    patient.wing.gap(0, "hold")
+    told += [patient.beat("N") for _ in range(3)]
+    rates = [beat.heart_rate_bpm for (beat,) in told if isinstance(beat, messages.Beat)]
+    assert rates == [None, None, 60.0, None, None, 60.0]
+
+
+@pytest.mark.parametrize("rate_hz", [360.0, 250.0, 500.0, 100.0])
+def test_no_sample_from_decided_at_on_changes_a_beat(
+    rate_hz: float, rng: np.random.Generator
+) -> None:
+    t = np.arange(round(8 * rate_hz)) / rate_hz
+    ecg = np.exp(-((t % 0.8 - 0.4) ** 2) / 2 / 0.03**2) + rng.normal(0, 0.05, len(t))
+
+    def beats(signal: NDArray[np.float64]) -> list[messages.Beat]:
+        driven = Driven(model_file.find("heart"))
+        driven.open("a", "s", "heart", rate_hz=rate_hz)
+        for chunk in chunks("s", signal.astype(np.float32), range(0, len(signal), 50)):
+            driven.say("a", chunk)
+            driven.run()
+        return driven.told("a", messages.Beat)
+
+    found = beats(ecg)
+    assert len(found) > 5
+    for beat in found[1:4]:
+        other = ecg.copy()
+        other[beat.decided_at :] = rng.normal(0, 4, len(t) - beat.decided_at)
+        assert beat in beats(other)

@@ -19,7 +19,7 @@ REQUESTS: list[m.Request] = [
     m.Ping(4),
 ]
 REPLIES: list[m.Reply] = [
-    m.Welcome(1, "murmur", ["heart"], 1000, 500, 60.0),
+    m.Welcome(1, "murmur", ["heart"], 1000, 64, 500, 60.0),
     m.Opened("bed-7", "heart", "0" * 64, 720, 0.1, 0.05),
     m.Ack("bed-7", -1, 0),
     m.Gap("bed-7", 100, 200, "hold"),

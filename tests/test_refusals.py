@@ -23,7 +23,7 @@ DATA = bytes(4 * 20)
 CHUNK = {"type": "chunk", "stream": "s", "seq": 0, "index": 0, "data": DATA}
 CLOSE = {"type": "close", "stream": "s"}
 FLUSH = {"type": "flush", "stream": "s"}
-LIMITS = {"max_message_bytes": 4000, "max_chunk_bytes": 800, "credit_s": 1.0}
+LIMITS = {"max_message_bytes": 4000, "max_messages": 64, "max_chunk_bytes": 800, "credit_s": 1.0}
 
 
 def floats(*values: float) -> bytes:
@@ -57,6 +57,14 @@ TABLE = [
         CHUNK | {"data": bytes(4000)},
         "oversize",
         r"expected at most 4000 bytes, found 4\d\d\d",
+        "",
+    ),
+    Bad(
+        "too many messages",
+        OPENED,
+        msgpack.packb([{"type": "ping"}] * 65),
+        "oversize",
+        "expected an array of at most 64, found 65",
         "",
     ),
     Bad("version", [], HELLO | {"version": 99}, "bad_version", "speaks 1, found 99", ""),

@@ -186,6 +186,23 @@ def test_lanes_go_by_deadline_while_all_is_well_and_by_priority_once_it_is_not()
     assert lane(two().next(0.3)) == "alerts"
 
 
+def test_a_lane_that_is_never_through_keeps_no_other_from_its_turn() -> None:
+    scheduler = Scheduler({"flood": terms(priority=0), "text": terms(priority=9)})
+    scheduler.arrived("text", 0, 1, 0.1, 0.0)
+    now, turns = 0.0, 0
+    while True:
+        for slot in range(MAX_ROWS):
+            scheduler.arrived("flood", slot, 1, now, now)
+        batch = scheduler.next(now)
+        assert isinstance(batch, Batch)
+        if batch.lane == "text":
+            break
+        now += STEP_S
+        scheduler.stepped(batch, 1, np.zeros(len(batch.slots), int), STEP_S)
+        turns += 1
+    assert turns * STEP_S < 1.2
+
+
 class Hop(NamedTuple):
     slot: int
     deadline: float

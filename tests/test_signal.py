@@ -11,7 +11,7 @@ from scipy import signal
 
 from engine.model_file import Filter, Input
 from engine.signal import Front, Resampler, design, rate_ratio, unit_factor
-from tests import tiny
+from tests import plain, tiny
 
 RATES = [(250.0, 360.0), (360.0, 250.0), (1000.0, 100.0), (100.0, 1000.0), (48000.0, 16000.0)]
 
@@ -49,7 +49,7 @@ def resampled(
 def test_the_resampler_is_scipys(rate_in: float, rate_out: float, rng: np.random.Generator) -> None:
     x = rng.standard_normal((1234, 2)).astype(np.float32)
     up, down = int(rate_out), int(rate_in)
-    expected = signal.resample_poly(x.astype(np.float64), up, down, window=("kaiser", 5.0))
+    expected = plain.resampled(x, up, down)
     found = resampled(rate_in, rate_out, [x])
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
@@ -74,6 +74,14 @@ def test_the_resampler_holds_back_ten_samples_of_the_lower_rate(
         produced += len(resampler.push(np.zeros((1, 1), np.float32)))
         held_s = received / rate_in - produced / rate_out
         assert held_s <= 11 / min(rate_in, rate_out) + 1 / rate_out
+
+
+@pytest.mark.parametrize(("rate_in", "rate_out"), RATES)
+def test_an_offset_is_no_step_where_a_stream_begins_or_ends(
+    rate_in: float, rate_out: float
+) -> None:
+    offset = np.full((500, 1), 300.0, np.float32)
+    np.testing.assert_allclose(resampled(rate_in, rate_out, [offset]), 300.0, rtol=3e-3)
 
 
 @pytest.mark.parametrize("rate_in", [1e-6, 0.359, 360_001.0, 1e6])

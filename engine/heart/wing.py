@@ -4,7 +4,7 @@ from engine import messages
 from engine.alerts import AlertMachine
 from engine.heart.beats import REFRACTORY_S, Beat, BeatFinder
 from engine.heart.rhythm import RULES, Rhythm
-from engine.messages import Message
+from engine.messages import Gapped, Message
 from engine.model_file import ModelSpec
 from engine.wing import Outputs, Rows, Timeline
 
@@ -24,9 +24,10 @@ class HeartWing:
         self._rhythm[slot] = Rhythm(self._rate_hz)
         self._alerts[slot] = AlertMachine(RULES)
 
-    def gap(self, slot: int) -> None:
-        """Begin the search anew; alerts stay as they are, since missing data resolves none."""
-        self.finder.reset(slot)
+    def gap(self, slot: int, state: Gapped) -> None:
+        """Join no beats over lost samples; alerts stay, since missing data resolves none."""
+        if state == "reset":
+            self.finder.reset(slot)
         self._rhythm[slot].gap()
 
     def push(self, rows: Rows, outputs: Outputs) -> list[tuple[int, Message]]:
@@ -40,7 +41,7 @@ class HeartWing:
 
     def _tell(self, slot: int, stream: Timeline, beat: Beat) -> list[Message]:
         values = self._rhythm[slot].push(beat.position, beat.label)
-        index, decided_at = stream.index_at(beat.position), stream.index_at(beat.decided_at)
+        index, decided_at = stream.index_at(beat.position), stream.needed_until(beat.decided_at)
         seconds = index / stream.rate_hz
         told: list[Message] = [
             messages.Beat(
