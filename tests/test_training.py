@@ -293,3 +293,13 @@ def test_streaming_the_exported_model_finds_what_torch_finds(tmp_path: Path) -> 
         assert inside
         expected = [b.position for b in other if b.position < signals.shape[1] - RATE_HZ]
         assert inside == expected
+
+
+def test_a_server_tells_the_beats_that_streaming_finds() -> None:
+    t = np.arange(20 * 360) / 360
+    signals = np.exp(-(((t % [[0.8], [0.5]]) - 0.3) ** 2) / 2 / 0.02**2).astype(np.float32)
+    served = evaluate.serve("heart", signals)
+    streamed = evaluate.stream(model_file.load("heart"), signals)
+    inside = [[beat for beat in beats if beat.position < len(t)] for beats in streamed]
+    assert [len(beats) > 15 for beats in served] == [True, True]
+    assert served == inside

@@ -2,10 +2,12 @@
 
 ``python -m training.evaluate engine/models/heart.onnx`` prints a table. A found beat is right
 within 150 ms of an annotated one (AAMI EC57); each counts once. Whole records are scored, with
-no learning period left out.
+no learning period left out. With ``--served`` the recordings go through a real server, over its
+socket, and the table is the same.
 """
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from wfdb.processing import compare_annotations
 
-from engine import model_file
+from engine import messages, model_file
+from engine.bench import serving
+from engine.client import Client
 from engine.heart.beats import Beat, BeatFinder
 from engine.model_file import Model
 from engine.runtime import CpuRuntime
@@ -23,6 +27,7 @@ from training import data
 from training.data import LABELS, Recording
 
 MATCH_S = 0.15
+_CHUNK = 181  # samples; no multiple of a hop
 _NONE = len(LABELS)  # the row of beats found where none was, the column of beats missed
 
 
@@ -126,6 +131,45 @@ def stream(model: Model, signals: NDArray[np.float32]) -> list[list[Beat]]:
     return beats
 
 
+def serve(model: str, signals: NDArray[np.float32]) -> list[list[Beat]]:
+    """Send recordings to a real server, a stream each, and return the beats that it tells.
+
+    Parameters
+    ----------
+    model : str
+        A model file, or the name of a bundled model.
+    signals : (recordings, samples) float32
+        In the model's unit and at its rate.
+
+    Returns
+    -------
+    list of list of Beat
+        One list a recording.
+    """
+    spec = model_file.load(model).spec
+    beats: list[list[Beat]] = [[] for _ in signals]
+    with serving(model) as server, Client(server.address) as client:
+
+        def take() -> None:
+            for told in client.events():
+                if isinstance(told, messages.Beat):
+                    beat = Beat(told.index, told.label, told.probability, told.decided_at)
+                    beats[int(told.stream)].append(beat)
+
+        streams = [
+            client.open(str(number), spec.name, spec.input.rate_hz, spec.input.unit)
+            for number in range(len(signals))
+        ]
+        for start in range(0, signals.shape[1], _CHUNK):
+            for one, signal in zip(streams, signals, strict=True):
+                one.send(signal[start : start + _CHUNK])
+            take()
+        for one in streams:
+            one.flush()
+        take()
+    return beats
+
+
 def table(names: Sequence[str], scores: Sequence[Score]) -> str:
     """Return one line a record and one for all, in percent."""
     lines = [f"{'record':>8} {'Se':>7} {'+P':>7} {'F1':>7} {'V F1':>7} {'S F1':>7}"]
@@ -139,9 +183,13 @@ def table(names: Sequence[str], scores: Sequence[Score]) -> str:
 
 def evaluate(model: Model, recordings: Sequence[Recording]) -> list[Score]:
     """Score a model on the first lead of recordings of one length."""
-    found = stream(model, np.stack([recording.signal[:, 0] for recording in recordings]))
+    found = stream(model, _first_leads(recordings))
     rate_hz = model.spec.input.rate_hz
     return [score(r, beats, rate_hz) for r, beats in zip(recordings, found, strict=True)]
+
+
+def _first_leads(recordings: Sequence[Recording]) -> NDArray[np.float32]:
+    return np.stack([recording.signal[:, 0] for recording in recordings])
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -153,11 +201,24 @@ def main() -> None:
     parser.add_argument("model", help="a model file, or the name of a bundled model")
     parser.add_argument("--data", type=Path, default=Path("../shared/data/ecg/mitdb"))
     parser.add_argument("--records", nargs="+", default=data.VALIDATION)
+    parser.add_argument("--served", action="store_true", help="by a real server, over its socket")
+    parser.add_argument("--json", action="store_true", help="one object, in its figure QRS F1")
     arguments = parser.parse_args()
     recordings = [data.read(arguments.data, name) for name in arguments.records]
-    scores = evaluate(model_file.load(arguments.model), recordings)
+    model = model_file.load(arguments.model)
+    if arguments.served:
+        found = serve(arguments.model, _first_leads(recordings))
+        rate_hz = model.spec.input.rate_hz
+        scores = [score(r, beats, rate_hz) for r, beats in zip(recordings, found, strict=True)]
+    else:
+        scores = evaluate(model, recordings)
+    total = gross(scores)
+    if arguments.json:
+        classes = {f"{label.lower()}_f1": 100 * total.class_f1(label) for label in "VS"}
+        print(json.dumps({"figure": 100 * total.f1, **classes}))  # noqa: T201 - the result
+        return
     print(table(arguments.records, scores))  # noqa: T201 - the table is the command's result
-    print(f"annotated x found, {' '.join(LABELS)} none:\n{gross(scores).confusion}")  # noqa: T201
+    print(f"annotated x found, {' '.join(LABELS)} none:\n{total.confusion}")  # noqa: T201
 
 
 if __name__ == "__main__":
