@@ -257,7 +257,7 @@ Model = Annotated[str, typer.Option(help="Model file, or the name of a bundled m
 @bench_app.command("overhead")
 def bench_overhead(
     model: Model = "heart",
-    streams: Annotated[int, typer.Option(help="Streams, in chunks of 0.5 s.")] = 256,
+    streams: Annotated[int, typer.Option(min=1, help="Streams, in chunks of 0.5 s.")] = 256,
     as_json: Json = False,
 ) -> None:
     """Server CPU per chunk over that of the same ONNX Runtime calls alone."""
@@ -269,8 +269,8 @@ def bench_overhead(
 @bench_app.command("load")
 def bench_load(
     model: Model = "heart",
-    streams: Annotated[int, typer.Option(help="Streams, in chunks of 0.5 s.")] = 1000,
-    seconds: Annotated[float, typer.Option(help="How long to measure.")] = 30,
+    streams: Annotated[int, typer.Option(min=1, help="Streams, in chunks of 0.5 s.")] = 1000,
+    seconds: Annotated[float, typer.Option(min=1, help="How long to measure.")] = 30,
     as_json: Json = False,
 ) -> None:
     """Chunk-to-event latency of many paced streams, in ms; the figure is the 99th percentile."""
@@ -298,7 +298,7 @@ def bench_latency(model: Model = "heart", as_json: Json = False) -> None:
 @bench_app.command("memory")
 def bench_memory(
     model: Model = "heart",
-    streams: Annotated[int, typer.Option(help="Idle streams.")] = 10_000,
+    streams: Annotated[int, typer.Option(min=2, help="Idle streams.")] = 10_000,
     as_json: Json = False,
 ) -> None:
     """Memory of an idle stream beyond its state, in KiB."""

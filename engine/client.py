@@ -293,8 +293,19 @@ class Client:
         self._context.term()
 
     def tell(self, message: Message) -> None:
-        """Send one message."""
-        self._socket.send(messages.body([messages.encode(message)]))
+        """Send one message.
+
+        Raises
+        ------
+        Disconnected
+            If nobody takes it for the client's time limit, as at an address that is no server's.
+        """
+        try:
+            self._socket.send(messages.body([messages.encode(message)]))
+        except zmq.Again:
+            raise Disconnected(
+                f"no answer from {self.address} for {self.timeout_s:.0f} s"
+            ) from None
 
     def wait(self, condition: Any) -> None:
         """Take what comes until a condition holds; keeps the connection alive meanwhile.
@@ -323,6 +334,7 @@ class Client:
     def _connect(self) -> zmq.Socket[bytes]:
         one = self._context.socket(zmq.DEALER)
         one.setsockopt(zmq.LINGER, 0)
+        one.setsockopt(zmq.SNDTIMEO, round(self.timeout_s * 1000))
         one.setsockopt(zmq.IDENTITY, self._identity)
         one.connect(self.address)
         return one

@@ -33,7 +33,8 @@ from engine.watch import Subscription
 
 ABOUT = (
     "MIT-BIH record 208, five minutes from 19:34.5. It took no part in training the model: "
-    "no sample of it was trained on. It is one of the records that told the training when to stop."
+    "no sample of it was trained on. It is one of the records that told the training when to stop. "
+    "Supraventricular beats are not learned yet: this stretch has none, and those shown are false."
 )
 CLASSES = {
     "N": ("normal", "green"),

