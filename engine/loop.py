@@ -323,6 +323,8 @@ class Engine:
             return Pause(now, deaf=False)
         expected, until = self._scheduler.arrivals(now, self._tightest_s)
         until = min(until, now + _LONGEST_PAUSE_S)
+        if until <= now:  # a budget too tight to leave anything in the socket
+            return Pause(math.inf if decision.until is None else decision.until, deaf=False)
         if decision.until is not None:
             return Pause(min(until, decision.until), deaf=True)
         if expected >= _MANY:
