@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from engine import messages as m
+from engine.scheduler import Batch
 from tests import plain, tiny
 from tests.drive import Driven, chunks
 from tests.plain import Results
@@ -650,3 +651,16 @@ def test_results_behind_many_gaps_are_told_at_their_own_indices(models: Models) 
     # The last sample of a hop and the first of the next are neighbours to the model.
     assert told == starts[1 : len(told) + 1]
     assert len(told) == len(starts) - 5
+
+
+def test_a_tight_budget_keeps_no_one_awake_while_nothing_comes(tiny_path: Path) -> None:
+    driven = Driven(tiny_path)
+    driven.open("a", "tight", latency_ms=0.01)
+    for number in range(10):
+        driven.open("a", f"s{number}")
+        driven.say("a", *chunks(f"s{number}", noise(HOP)))
+    while isinstance(driven.engine._scheduler.next(driven.now), Batch):
+        driven.engine.turn(driven.now)
+    driven.now += HOP / tiny.RATE_HZ
+    driven.say("a", *chunks("s0", noise(HOP), seq=1, index=HOP))  # waits for the other nine
+    assert driven.engine.turn(driven.now).until > driven.now
