@@ -35,6 +35,24 @@ class Hello(Message, frozen=True):
     client: Text = ""
 
 
+class Hotword(msgspec.Struct, frozen=True):
+    """A word or phrase that a stream expects, and by how much it is preferred."""
+
+    phrase: Text
+    boost: Annotated[float, Meta(ge=-20.0, le=20.0)] = 2.0  # natural log, for each of its letters
+
+
+class Speech(msgspec.Struct, frozen=True):
+    """What a stream of speech may ask for. An endpoint is where a partial becomes final."""
+
+    silence_s: Annotated[float, Meta(ge=0.1, le=60)] = 0.8  # after words: an endpoint
+    empty_silence_s: Annotated[float, Meta(ge=0.1, le=3600)] = 2.4  # after none: begin anew
+    max_utterance_s: Annotated[float, Meta(ge=1, le=30)] = 20.0  # an endpoint in any case
+    hotwords: Annotated[tuple[Hotword, ...], Meta(max_length=256)] = ()
+    alternatives: Annotated[int, Meta(ge=1, le=16)] = 1  # texts of a final, the best included
+    partials: bool = True
+
+
 class Open(Message, frozen=True):
     """Start a stream. ``gain`` and ``offset`` turn what is sent into ``unit``."""
 
@@ -48,6 +66,7 @@ class Open(Message, frozen=True):
     offset: float = 0.0
     index: Index = 0  # of the first sample to come
     latency_ms: Annotated[float, Meta(ge=0.01, le=60_000)] | None = None  # None: the model's own
+    speech: Speech = Speech()  # of no use to other pipelines
 
 
 class Chunk(Message, frozen=True):
@@ -206,8 +225,41 @@ class Samples(Message, frozen=True):
     data: bytes
 
 
+class Word(msgspec.Struct, frozen=True):
+    """One word of a text, and when it was said, in seconds of the stream from index 0."""
+
+    text: str
+    start_s: float
+    end_s: float
+    confidence: float  # 0 to 1
+
+
+class Partial(Message, frozen=True):
+    """What an utterance seems to say so far; the next partial, or its final, replaces it."""
+
+    stream: str
+    utterance: int  # counts the stream's utterances from 0
+    text: str
+    index: int  # the samples before this one have been read
+    stable_words: int  # so many words at the beginning are not expected to change
+
+
+class Final(Message, frozen=True):
+    """What an utterance says; it does not change any more."""
+
+    stream: str
+    utterance: int
+    text: str
+    start: int  # index of the first sample in which speech was heard
+    end: int  # index after the last
+    endpoint: int  # the samples before this index sufficed to know that it was over
+    reason: Literal["silence", "length", "flush", "gap"]
+    words: tuple[Word, ...]
+    alternatives: tuple[str, ...] = ()  # the best first, if more than one was asked for
+
+
 Request = Hello | Open | Chunk | Flush | Close | Ping
-Result = Beat | Alert | Scores | Samples | Gap
+Result = Beat | Alert | Scores | Samples | Partial | Final | Gap
 Reply = Welcome | Opened | Ack | Flushed | Closed | Pong | Error | Result
 
 encode = msgspec.msgpack.Encoder().encode
