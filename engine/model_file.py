@@ -22,6 +22,9 @@ FORMAT = 1
 METADATA_KEY = "murmur"
 BUNDLED = Path(__file__).parent / "models"
 
+# Outputs without which a pipeline has nothing to read.
+_MEANINGS = {"heart": ("beat", "beat_class"), "speech": ("ctc",), "audio": ("samples",)}
+
 Count = Annotated[int, Meta(ge=1)]
 # Not gt=0: once ONNX Runtime flushes denormals, 0 is no longer below the least number above it.
 Positive = Annotated[float, Meta(ge=1e-9)]
@@ -79,8 +82,8 @@ class Output(_Statement, frozen=True):
     """One output of the last stage, and what it means."""
 
     name: str
-    meaning: Literal["beat", "beat_class", "scores", "samples"]
-    labels: tuple[str, ...] = ()  # of the last axis
+    meaning: Literal["beat", "beat_class", "ctc", "scores", "samples"]
+    labels: tuple[str, ...] = ()  # of the last axis; of ctc, the blank "" comes first
 
 
 class ModelSpec(_Statement, frozen=True):
@@ -88,7 +91,7 @@ class ModelSpec(_Statement, frozen=True):
 
     format: int
     name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}\Z")]
-    pipeline: Literal["heart", "scores", "audio"]  # the wing that reads the outputs
+    pipeline: Literal["heart", "speech", "scores", "audio"]  # the wing that reads the outputs
     input: Input
     hop_samples: Count  # new samples a step
     window_samples: Count  # samples that a step sees, the new ones last
@@ -305,10 +308,16 @@ def _check_statement(spec: ModelSpec) -> None:
             f"stages[0].input_shape: expected {window} values (the window's features), "
             f"found {list(spec.stages[0].input_shape)}"
         )
-    for meaning in {"heart": ("beat", "beat_class"), "audio": ("samples",)}.get(spec.pipeline, ()):
+    for meaning in _MEANINGS.get(spec.pipeline, ()):
         if meaning not in [output.meaning for output in spec.outputs]:
             raise ModelFileError(
                 f"outputs: the pipeline {spec.pipeline!r} expects one that means {meaning!r}"
+            )
+    for output in spec.outputs:
+        if output.meaning == "ctc" and (len(output.labels) < 2 or output.labels[0]):
+            raise ModelFileError(
+                f"output {output.name}: expected labels whose first is the blank '', "
+                f"found {list(output.labels[:3])}"
             )
     overlap = spec.window_samples - spec.hop_samples
     if spec.pipeline == "audio" and spec.look_ahead_samples != overlap:
@@ -393,10 +402,11 @@ def _check_outputs(spec: ModelSpec, sessions: tuple[ort.InferenceSession, ...]) 
                 f"output {output.name}: expected {len(output.labels)} values for its labels, "
                 f"found {last}"
             )
-        if output.meaning == "beat" and isinstance(last, int) and spec.hop_samples % last:
+        frames = {"beat": last, "ctc": row[0] if row else None}.get(output.meaning)
+        if isinstance(frames, int) and spec.hop_samples % frames:
             raise ModelFileError(
                 f"output {output.name}: expected frames that divide hop_samples "
-                f"({spec.hop_samples}), found {last}"
+                f"({spec.hop_samples}), found {frames}"
             )
         known = row and all(isinstance(size, int) for size in row)
         if output.meaning == "samples" and known and math.prod(row) != spec.window_samples:

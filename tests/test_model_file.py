@@ -58,6 +58,15 @@ def test_a_statement_comes_back_from_its_file(tmp_path: Path) -> None:
         ({"hop_samples": 0}, "$.hop_samples"),
         ({"stages": ()}, "$.stages"),
         ({"outputs": ()}, "$.outputs"),
+        ({"pipeline": "speech"}, "the pipeline 'speech' expects one that means 'ctc'"),
+        (
+            {"outputs": (Output("beat_class", "ctc", tiny.LABELS),)},
+            "output beat_class: expected labels whose first is the blank '', found ['N', 'S', 'V']",
+        ),
+        (
+            {"outputs": (Output("beat_class", "ctc", ("",)),)},
+            "expected labels whose first is the blank '', found ['']",
+        ),
         ({"look_ahead_samples": -1}, "$.look_ahead_samples"),
         ({"gap": "mask"}, "$.gap"),
         ({"latency_ms": 0.0}, "$.latency_ms"),
