@@ -73,12 +73,19 @@ class ServerProcess:
         command += ["--metrics", "127.0.0.1:0"]
         for key, value in (limits or {}).items():
             command += ["--limit", f"{key}={value}"]
+        # A process group of its own: Ctrl-C is for who started it, and who then stops the server
+        # once its last results are in.
         self._process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log or subprocess.DEVNULL, text=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=log or subprocess.DEVNULL,
+            text=True,
+            process_group=0,
         )
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
+            self._process.communicate()
             raise MurmurError(f"the server did not start: {' '.join(command)}")
         self.endpoints = json.loads(line)
 

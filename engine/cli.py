@@ -11,7 +11,7 @@ import msgspec
 import typer
 import zmq
 
-from engine import config, model_file
+from engine import config, messages, model_file
 from engine.client import DEFAULT_ADDRESS, Client
 from engine.errors import MurmurError
 from engine.messages import NOTICE, Message
@@ -172,6 +172,83 @@ def watch(
         return
     except (MurmurError, zmq.ZMQError) as error:
         _fail(error)
+
+
+SpeechModel = Annotated[
+    str,
+    typer.Option(
+        help="english (built by 'murmur models build speech'), words (digits and commands), "
+        "or a model file."
+    ),
+]
+Connect = Annotated[
+    str | None,
+    typer.Option(help="Address of a running server; default: one is started for this command."),
+]
+Hotwords = Annotated[
+    list[str] | None,
+    typer.Option("--hotword", help="PHRASE or PHRASE=BOOST that is expected; can be repeated."),
+]
+
+
+def _hotwords(given: list[str] | None) -> tuple[messages.Hotword, ...]:
+    """Read phrases with the boost of each, if it is given."""
+    made = []
+    for one in given or ():
+        phrase, equals, boost = one.rpartition("=")
+        try:
+            word = {"phrase": phrase, "boost": float(boost)} if equals else {"phrase": one}
+            made.append(msgspec.convert(word, messages.Hotword))
+        except (ValueError, msgspec.ValidationError) as error:
+            raise typer.BadParameter(f"--hotword {one!r}: {error}") from None
+    return tuple(made)
+
+
+@app.command()
+def transcribe(
+    files: Annotated[list[Path], typer.Argument(help="WAV, FLAC, Ogg (Vorbis, Opus), MP3.")],
+    as_json: Json = False,
+    srt: Annotated[bool, typer.Option("--srt", help="SubRip subtitles.")] = False,
+    vtt: Annotated[bool, typer.Option("--vtt", help="WebVTT subtitles.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="File, or folder for several; default: standard output.")
+    ] = None,
+    model: SpeechModel = "english",
+    connect: Connect = None,
+    streams: Annotated[int, typer.Option(min=1, help="Files under way at once.")] = 8,
+    hotwords: Hotwords = None,
+    alternatives: Annotated[
+        int, typer.Option(min=1, max=16, help="Texts of each utterance, in the JSON.")
+    ] = 1,
+    timeout: Timeout = 10.0,
+) -> None:
+    """Print what recordings say; several files go through the engine side by side."""
+    from rich.console import Console
+
+    from engine import transcribe as transcribing
+    from engine.dictation import Plan
+
+    if srt and vtt:
+        raise typer.BadParameter("--srt and --vtt: expected one of them")
+    speech = messages.Speech(
+        hotwords=_hotwords(hotwords), alternatives=alternatives, partials=False
+    )
+    kind = "srt" if srt else "vtt" if vtt else "txt"
+    plan = Plan(model, min(streams, len(files)), speech=speech)
+    printing = transcribing.Printing(kind, out, text=not as_json or kind != "txt")
+    console = Console(stderr=True)
+    try:
+        outcome = transcribing.run(files, plan, printing, console, _echo, connect, timeout)
+    except (MurmurError, zmq.ZMQError, OSError) as error:
+        _fail(error)
+    if as_json:
+        typer.echo(msgspec.json.encode(outcome.report(plan)).decode())
+    if any(one.faults for one in outcome.transcripts):
+        raise typer.Exit(1)
+
+
+def _echo(text: str) -> None:
+    typer.echo(text, nl=False)
 
 
 @app.command()

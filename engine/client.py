@@ -33,6 +33,7 @@ from engine.messages import Message
 DEFAULT_ADDRESS = "tcp://127.0.0.1:7700"
 _PING_S = 2.0
 _RETRY_S = 0.5
+_SPEECH = messages.Speech()
 
 
 class Stream:
@@ -100,27 +101,44 @@ class Stream:
         """The effects of all samples before this index are out."""
         return self._acked
 
+    @property
+    def room(self) -> int:
+        """How many samples can be sent now without waiting."""
+        return max(0, self._credit - self._in_flight)
+
     def flush(self) -> int:
         """Force the tail out and wait until it is through; return the server's sample index.
 
         Results that come meanwhile are kept for :meth:`Client.events`.
         """
-        self._flushes += 1
-        number = self._flushes
-        self._client.tell(messages.Flush(self.name, number))
-        self._client.wait(lambda: self._flushed == number or self.closed is not None)
+        self.ask_flush()
+        self._client.wait(lambda: not self.flushing or self.closed is not None)
         self._raise_if_closed()
         return self._acked
 
+    def ask_flush(self) -> None:
+        """Ask for the tail and go on; :attr:`flushing` says until when it is on its way."""
+        self._flushes += 1
+        self._client.tell(messages.Flush(self.name, self._flushes))
+
+    @property
+    def flushing(self) -> bool:
+        """Whether a flush has been asked for and is not through."""
+        return self._flushed < self._flushes
+
     def close(self) -> messages.Closed:
         """End the stream and return its counts, once all that was sent is through."""
-        if self.closed is None:
-            self._closing = True
-            self._client.tell(messages.Close(self.name))
-            self._client.wait(lambda: self.closed is not None)
+        self.ask_close()
+        self._client.wait(lambda: self.closed is not None)
         assert self.closed is not None
         self._client.forget(self.name)
         return self.closed
+
+    def ask_close(self) -> None:
+        """Ask for the end and go on; then comes :attr:`closed`."""
+        if self.closed is None and not self._closing:
+            self._closing = True
+            self._client.tell(messages.Close(self.name))
 
     def _shaped(self, samples: ArrayLike) -> NDArray[Any]:
         values = np.asarray(samples)
@@ -185,7 +203,7 @@ class Stream:
         )
         self._seq, self._credit = len(self._kept), 0
         told: list[Message] = [msgspec.structs.replace(self.request, index=first), *self._kept]
-        if self._flushed < self._flushes:
+        if self.flushing:
             told.append(messages.Flush(self.name, self._flushes))
         if self._closing:
             told.append(messages.Close(self.name))
@@ -207,7 +225,7 @@ class Client:
         self.welcome: messages.Welcome | None = None
         self.last_error = ""
         self._streams: dict[str, Stream] = {}
-        self._events: deque[Message] = deque()
+        self._events: deque[tuple[float, Message]] = deque()
         self._refusals: dict[str, Refused] = {}
         # One identity for all connections: the server knows who opens a stream once more.
         self._identity = uuid.uuid4().hex.encode()
@@ -245,6 +263,7 @@ class Client:
         offset: float = 0.0,
         index: int = 0,
         latency_ms: float | None = None,
+        speech: messages.Speech = _SPEECH,
     ) -> Stream:
         """Start a stream; see :class:`engine.messages.Open` for what the values mean.
 
@@ -254,7 +273,7 @@ class Client:
             With the server's code and reason.
         """
         request = messages.Open(
-            stream, model, rate_hz, unit, channels, dtype, gain, offset, index, latency_ms
+            stream, model, rate_hz, unit, channels, dtype, gain, offset, index, latency_ms, speech
         )
         try:
             msgspec.convert(msgspec.to_builtins(request), messages.Open)
@@ -278,11 +297,21 @@ class Client:
         timeout_s : float
             How long to wait for the first, if none is there yet.
         """
+        for _, message in self.timed_events(timeout_s):
+            yield message
+
+    def timed_events(self, timeout_s: float = 0.0) -> Iterator[tuple[float, Message]]:
+        """Yield the same with the time of the monotonic clock at which each came in."""
         self._receive(0.0)
         if not self._events and timeout_s > 0:
             self._receive(timeout_s)
         while self._events:
             yield self._events.popleft()
+
+    @property
+    def silent_s(self) -> float:
+        """For how long nothing has come, as far as this client has looked."""
+        return time.monotonic() - self._heard
 
     def close(self) -> None:
         """End the connection and its streams, without waiting for what is on its way."""
@@ -378,7 +407,7 @@ class Client:
             case messages.Error():
                 self.last_error = message.reason
                 self._refusals[message.stream] = Refused(message.code, message.reason)
-                self._events.append(message)
+                self._events.append((self._heard, message))
                 if stream is not None and not stream.is_open:
                     stream.refused(message)
             case messages.Opened() if stream is not None:
@@ -391,9 +420,9 @@ class Client:
                 pass
             case messages.Closed() if stream is not None:
                 stream.closed = message
-                self._events.append(message)
+                self._events.append((self._heard, message))
             case _:
-                self._events.append(message)
+                self._events.append((self._heard, message))
 
     def _recover(self) -> None:
         """Connect anew and bring every stream to where it was: the server has forgotten us."""
