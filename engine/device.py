@@ -83,7 +83,7 @@ class DeviceRuntime:
         self.runs: Counter[tuple[int, int]] = Counter()
         self.initial = initial_row(model.spec.states)
         self._device, self._graphs = device, graphs
-        self._stage = model.spec.stages[0]
+        self._stage, self._rate_hz = model.spec.stages[0], model.spec.input.rate_hz
         self._scratch = num_slots  # the row that padding reads and writes
         options = dict(_CUDA_OPTIONS) if device == "cuda" else {}
         if graphs:
@@ -120,7 +120,7 @@ class DeviceRuntime:
         count = len(slots)
         size = next(size for size in self._buckets if size >= count)
         bucket = self._buckets[size]
-        tensor = features.extract(self._stage.features, windows)
+        tensor = features.extract(self._stage.features, windows, self._rate_hz)
         samples = np.zeros((size, *self._stage.input_shape), np.float32)
         samples[:count] = tensor.reshape(count, *self._stage.input_shape)
         padded = np.full(size, self._scratch, np.int64)

@@ -16,7 +16,7 @@ import onnxruntime as ort
 from msgspec import Meta
 
 from engine.errors import ModelFileError
-from engine.features import Recipe
+from engine.features import LogMel, Recipe
 
 FORMAT = 1
 METADATA_KEY = "murmur"
@@ -328,10 +328,22 @@ def _check_statement(spec: ModelSpec) -> None:
 
 
 def _feature_shape(spec: ModelSpec) -> tuple[int, int]:
-    bins = spec.window_samples
-    if spec.stages[0].features == "magnitude":
-        bins = bins // 2 + 1
-    return bins, spec.input.channels
+    recipe, window = spec.stages[0].features, spec.window_samples
+    if isinstance(recipe, LogMel):
+        return _log_mel_shape(spec, recipe)
+    return (window // 2 + 1 if recipe == "magnitude" else window), spec.input.channels
+
+
+def _log_mel_shape(spec: ModelSpec, recipe: LogMel) -> tuple[int, int]:
+    if spec.input.channels != 1:
+        raise ModelFileError(f"input.channels: log_mel expects 1, found {spec.input.channels}")
+    frames = recipe.frames(spec.window_samples)
+    if frames * recipe.shift_samples != spec.hop_samples:
+        raise ModelFileError(
+            f"window_samples: log_mel expects one frame for every {recipe.shift_samples} samples "
+            f"of hop_samples ({spec.hop_samples}), found {frames} frames in {spec.window_samples}"
+        )
+    return frames, recipe.bins
 
 
 def _check_graph(stage: Stage, session: ort.InferenceSession) -> bool:

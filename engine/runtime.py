@@ -323,7 +323,8 @@ class Step:
         column = 0
         for stage, session in zip(model.spec.stages, model.sessions, strict=True):
             wanted = [stage.passes] if stage.passes else outputs
-            self._stages.append(_StageStep(stage, session, wanted, column))
+            step = _StageStep(stage, session, wanted, column, model.spec.input.rate_hz)
+            self._stages.append(step)
             column += sum(state.size for state in stage.states)
 
     def run(self, rows: NDArray[np.float32], windows: NDArray[np.float32]) -> Outputs:
@@ -363,9 +364,15 @@ class _StageStep:
     """One graph, with all that can be known of its call before it is made."""
 
     def __init__(
-        self, stage: Stage, session: ort.InferenceSession, wanted: list[str], column: int
+        self,
+        stage: Stage,
+        session: ort.InferenceSession,
+        wanted: list[str],
+        column: int,
+        rate_hz: float,
     ) -> None:
         self.stage = stage
+        self._rate_hz = rate_hz
         self._session = session
         self._row_size = math.prod(stage.input_shape)
         self._wanted = wanted
@@ -379,7 +386,7 @@ class _StageStep:
 
     def run(self, rows: NDArray[np.float32], windows: NDArray[np.float32]) -> Outputs:
         count = len(windows)
-        tensor = features.extract(self.stage.features, windows)
+        tensor = features.extract(self.stage.features, windows, self._rate_hz)
         feed: dict[str, Array] = dict(self._constants)
         feed[self.stage.input] = tensor.reshape(count, *self._shape_of(tensor))
         for name, place, row_shape, batch_axis in self._columns:

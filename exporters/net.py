@@ -44,6 +44,7 @@ class NetConfig:
     hidden: int = 64
     linears: tuple[int, ...] = field(default=())  # widths of ReLU layers before the heads
     dropout: float = 0.0  # after each recurrent layer, in training only
+    normalised: bool = False  # each channel, by figures of the training data
 
     @property
     def stride(self) -> int:
@@ -84,13 +85,21 @@ class StreamingNet(nn.Module):
     state_shapes : dict of str to tuple of int
         Each state's name and the shape of its row, in the order that ``forward`` takes and
         returns them: ``conv0``, ..., ``h0``, ``c0``, ``h1``, ...
+    mean, scale : (channels,) float32
+        What a normalised network subtracts from its input, and then multiplies it with.
     """
+
+    mean: Tensor
+    scale: Tensor
 
     def __init__(self, config: NetConfig) -> None:
         super().__init__()
         self.config = config
         self.state_shapes: dict[str, tuple[int, ...]] = {}
         width = self._add_convs()
+        if config.normalised:
+            self.register_buffer("mean", torch.zeros(config.channels))
+            self.register_buffer("scale", torch.ones(config.channels))
         self.recurrent = nn.ModuleList()
         for layer in range(config.layers):
             self.recurrent.append(_CELLS[config.cell](width, config.hidden, batch_first=True))
@@ -132,7 +141,7 @@ class StreamingNet(nn.Module):
         Parameters
         ----------
         x : (N, T, channels) float32
-            T is a multiple of ``config.stride``.
+            T is a multiple of ``config.stride``; samples, or frames of features.
         *states : (N, ...) float32 each
             In the order of ``state_shapes``.
 
@@ -151,6 +160,8 @@ class StreamingNet(nn.Module):
         """As ``forward``, without the activations: what a loss wants, (N, frames, size) each."""
         carried = list(states)
         new_states: list[Tensor] = []
+        if self.config.normalised:
+            x = (x - self.mean) * self.scale
         y = x.transpose(1, 2)
         for conv in self.convs:
             y, kept = conv(y, carried.pop(0) if conv.kept else y[:, :, :0])

@@ -36,8 +36,9 @@ def export(net: nn.Module, spec: ModelSpec, path: Path | str) -> None:
     net : nn.Module
         With the statement's outputs and states, in the statement's order.
     spec : ModelSpec
-        One stage of raw samples whose windows do not overlap: a network that streams carries
-        what it needs of the past as state.
+        One stage of raw samples whose windows do not overlap, or of log-mel frames, of which
+        each window brings new ones only: a network that streams carries what it needs of the
+        past as state.
     path : Path or str
 
     Raises
@@ -110,9 +111,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _check_spec(spec: ModelSpec) -> None:
-    if len(spec.stages) != 1 or spec.stages[0].features != "raw":
-        raise ExportError(f"stages: expected one, of raw samples, found {spec.stages}")
-    if spec.window_samples != spec.hop_samples:
+    if len(spec.stages) != 1 or spec.stages[0].features == "magnitude":
+        raise ExportError(f"stages: expected one, of raw samples or log_mel, found {spec.stages}")
+    if spec.stages[0].features == "raw" and spec.window_samples != spec.hop_samples:
         raise ExportError(
             f"window_samples: expected hop_samples ({spec.hop_samples}), "
             f"found {spec.window_samples}"

@@ -11,6 +11,7 @@ import pytest
 
 from engine import model_file
 from engine.errors import ModelFileError
+from engine.features import LogMel
 from engine.model_file import Filter, Input, Output, Stage, State
 from tests import tiny
 
@@ -29,6 +30,12 @@ def refusal(folder: Path, **changes: Any) -> str:
 def stage(**changes: Any) -> dict[str, Any]:
     fields = {"input": "x", "input_shape": (tiny.HOP, 1), "states": STATES} | changes
     return {"stages": (Stage(**fields),)}
+
+
+def mel_stage(frames: int, bins: int = 8) -> dict[str, Any]:
+    """A stage that reads frames of 10 samples, 5 apart."""
+    recipe = LogMel(shift_samples=5, bins=bins, frame_samples=10)
+    return stage(features=recipe, input_shape=(frames, bins))
 
 
 def test_a_statement_comes_back_from_its_file(tmp_path: Path) -> None:
@@ -74,6 +81,13 @@ def test_a_statement_comes_back_from_its_file(tmp_path: Path) -> None:
         ({"window_samples": 19}, "window_samples: expected at least hop_samples (20), found 19"),
         ({"window_samples": 40}, "stages[0].input_shape: expected 40 values"),
         ({"input": Input(100.0, "mV", channels=2)}, "expected 40 values"),
+        (
+            {"window_samples": 24, **mel_stage(4)},
+            "one frame for every 5 samples of hop_samples (20), found 3 frames in 24",
+        ),
+        ({"window_samples": 25, **mel_stage(3)}, "stages[0].input_shape: expected 32 values"),
+        ({"input": Input(100.0, "mV", channels=2), **mel_stage(4)}, "log_mel expects 1, found 2"),
+        (stage(features=LogMel(0)), "$.stages[0].features.shift_samples"),
         (stage(passes="beat"), "stages[0].passes: expected nothing in the last stage"),
         (stage(input="y"), "the graph has ['c0', 'h0', 'x'], the statement names"),
         (stage(states=STATES[:1]), "the graph has ['c0', 'h0', 'x'], the statement names"),
