@@ -26,6 +26,9 @@ app.add_typer(models_app, name="models")
 bench_app = typer.Typer(help="Measure the engine on this machine.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
+evaluate_app = typer.Typer(help="How good the results are.", no_args_is_help=True)
+app.add_typer(evaluate_app, name="evaluate")
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 
 
@@ -244,6 +247,74 @@ def transcribe(
     if as_json:
         typer.echo(msgspec.json.encode(outcome.report(plan)).decode())
     if any(one.faults for one in outcome.transcripts):
+        raise typer.Exit(1)
+
+
+@evaluate_app.command("speech")
+def evaluate_speech(
+    manifest: Annotated[
+        Path,
+        typer.Argument(
+            help="Table 'path speaker split seconds text' (tabs), or a folder: with a "
+            "manifest.tsv, in LibriSpeech's layout, or of recordings without a word."
+        ),
+    ],
+    model: SpeechModel = "english",
+    split: Annotated[str | None, typer.Option(help="Of the manifest, such as valid.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only so many recordings, evenly spread.")
+    ] = None,
+    streams: Annotated[
+        int | None, typer.Option(min=1, help="Recordings at once; default: 8, and paced 2.")
+    ] = None,
+    paced: Annotated[
+        bool, typer.Option("--paced", help="In real time, in chunks of 0.1 s; tells latency.")
+    ] = False,
+    silence: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Seconds behind each recording, as a microphone goes on; default: 0, paced 1.5.",
+        ),
+    ] = None,
+    hyp: Annotated[
+        Path | None, typer.Option("--hyp", help="Write the finals here: id<TAB>text a line.")
+    ] = None,
+    streaming_hyp: Annotated[
+        Path | None, typer.Option(help="Write what partials end as here.")
+    ] = None,
+    hotwords: Hotwords = None,
+    timeout: Timeout = 30.0,
+    as_json: Json = False,
+) -> None:
+    """Word error rate, stability, cost and latency of speech, through a real server."""
+    from rich.console import Console
+
+    from engine import corpus
+    from engine import evaluate as evaluating
+    from engine.dictation import Plan
+
+    plan = Plan(
+        model,
+        streams or (2 if paced else 8),
+        pace=1.0 if paced else 0.0,
+        chunk_s=0.1 if paced else 0.5,
+        silence_s=(1.5 if paced else 0.0) if silence is None else silence,
+        speech=messages.Speech(hotwords=_hotwords(hotwords)),
+    )
+    try:
+        clips = corpus.read(manifest, split, limit)
+        made = evaluating.evaluate(clips, plan, Console(stderr=True), timeout)
+        for file, streaming in ((hyp, False), (streaming_hyp, True)):
+            if file is not None:
+                file.write_text(evaluating.hypotheses(made.scores, streaming), encoding="utf-8")
+    except (MurmurError, zmq.ZMQError, OSError) as error:
+        _fail(error)
+    if as_json:
+        typer.echo(msgspec.json.encode({**made.report, "manifest": str(manifest)}).decode())
+    else:
+        typer.echo("\n".join(evaluating.lines(made.report)))
+    if made.report["faults"]:
         raise typer.Exit(1)
 
 

@@ -330,6 +330,18 @@ def _turn(client: Client, active: dict[str, Take]) -> Iterator[tuple[Take, Messa
         raise Disconnected(f"no answer from {client.address} for {client.silent_s:.0f} s")
 
 
+def length_s(paths: Iterable[Path]) -> float:
+    """Return how long recordings are together, as far as they can be read."""
+    total = 0.0
+    for path in paths:
+        try:
+            with Sound(path) as sound:
+                total += sound.seconds
+        except MurmurError:  # told when its turn comes
+            continue
+    return total
+
+
 @contextlib.contextmanager
 def recogniser(
     model: str, address: str | None = None

@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import msgspec
 from rich.console import Console
 
-from engine.audio import Sound
 from engine.client import Client
-from engine.dictation import Bar, Plan, Take, Unheard, dictate, recogniser
+from engine.dictation import Bar, Plan, Take, Unheard, dictate, length_s, recogniser
 from engine.errors import MurmurError
 from engine.messages import Final, Gap, Message, Word
 
@@ -261,18 +260,6 @@ def _notes(take: Take) -> Iterator[str]:
             yield f"{take.path}: {lost} samples from {message.start} were lost on the way"
     if not take.text and not take.faults:
         yield f"{take.path}: no speech was found in it"
-
-
-def length_s(paths: Iterable[Path]) -> float:
-    """Return how long recordings are together, as far as they can be read."""
-    total = 0.0
-    for path in paths:
-        try:
-            with Sound(path) as sound:
-                total += sound.seconds
-        except MurmurError:  # told when its turn comes
-            continue
-    return total
 
 
 # --- what is written -------------------------------------------------------------------------
