@@ -105,9 +105,9 @@ def test_log_mel_is_what_its_definition_says(rng: np.random.Generator) -> None:
         np.testing.assert_allclose(found[0, frame], log_mel_of(samples, 40), atol=2e-4)
 
 
-@pytest.mark.parametrize(("shift", "every"), [(160, 1), (320, 2)])
+@pytest.mark.parametrize(("shift", "every", "gain"), [(160, 1, 1.0), (320, 2, 1.0), (320, 2, 32.0)])
 def test_log_mel_is_that_of_kaldi_native_fbank(
-    rng: np.random.Generator, shift: int, every: int
+    rng: np.random.Generator, shift: int, every: int, gain: float
 ) -> None:
     knf = pytest.importorskip("kaldi_native_fbank", reason="needs kaldi-native-fbank")
     options = knf.FbankOptions()
@@ -122,11 +122,13 @@ def test_log_mel_is_that_of_kaldi_native_fbank(
     options.mel_opts.is_librosa = True
     theirs = knf.OnlineFbank(options)
     x = sound(rng, 1, 8000)
-    theirs.accept_waveform(RATE_HZ, x[0, :, 0])
+    theirs.accept_waveform(RATE_HZ, gain * x[0, :, 0])
     wanted = np.stack([theirs.get_frame(t) for t in range(theirs.num_frames_ready)])
     # Their frame t begins at 160 t - 120; what lies before the beginning they mirror, so skip 0.
     lead = np.zeros((1, 120, 1), np.float32)
-    found = features.extract(LogMel(shift), np.concatenate([lead, x], axis=1), RATE_HZ)[0]
+    found = features.extract(LogMel(shift, gain=gain), np.concatenate([lead, x], axis=1), RATE_HZ)[
+        0
+    ]
     wanted = wanted[::every][1 : len(found)]
     assert len(wanted) >= 8000 // shift - 3
     np.testing.assert_allclose(found[1 : len(wanted) + 1], wanted, atol=1e-4)
