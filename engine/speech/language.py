@@ -231,7 +231,7 @@ class WordModel:
             unigrams, next_letters = self._unigrams[begin:end], self._spelling[depth, begin:end]
             begins = np.flatnonzero(np.diff(next_letters, prepend=-1))
             promises[next_letters[begins]] = np.maximum.reduceat(unigrams, begins)
-            promise = float(unigrams.max())
+            promise = float(unigrams.max()) if depth else 0.0
             word = int(self._words[begin]) if next_letters[0] == 0 else -1
         scores = self._alpha * (promises - promise)
         scores[0] = 0.0
