@@ -33,18 +33,40 @@ _LAYERS = 8
 Weights = dict[str, NDArray[np.float32]]
 
 
+class Matrix(NamedTuple):
+    """A matrix as the wheel holds it; its values are ``integers * scale + offset``."""
+
+    integers: NDArray[np.int8]
+    scale: np.float32
+    offset: np.float32  # a whole number of scales
+
+    @property
+    def values(self) -> NDArray[np.float32]:
+        values: NDArray[np.float32] = self.integers.astype(np.float32) * self.scale + self.offset
+        return values
+
+    @property
+    def zero(self) -> int:
+        """Return the integer whose value is 0."""
+        return -round(float(self.offset / self.scale))
+
+    @property
+    def T(self) -> "Matrix":  # noqa: N802 - as numpy calls it
+        return self._replace(integers=np.ascontiguousarray(self.integers.T))
+
+
+Matrices = dict[str, Matrix]
+
+
 class _Graph(NamedTuple):
     """What is needed of a graph in a flatbuffer: its constants, and which product uses which."""
 
     constants: dict[str, NDArray[Any]]
     products: list[tuple[str, str]]  # name of a product's result, name of its matrix
 
-    def matrix(self, name: str) -> NDArray[np.float32]:
-        """Return a matrix from its 8-bit form."""
-        quantised = self.constants[f"{name}_quantized"].astype(np.float32)
+    def matrix(self, name: str) -> Matrix:
         scale, offset = self.constants[f"{name}_scale"], self.constants[f"{name}_zero_point"]
-        values: NDArray[np.float32] = quantised * scale + offset
-        return values
+        return Matrix(self.constants[f"{name}_quantized"], scale[0], offset[0])
 
 
 def folder() -> Path:
@@ -77,16 +99,30 @@ def read(name: str) -> bytes:
 
 def encoder() -> Weights:
     """Return the encoder's weights: three convolutions, eight layers, two norms."""
+    return _floats(*encoder_parts())
+
+
+def decoder() -> Weights:
+    """Return the decoder's weights: tied embedding, eight layers, final norm."""
+    return _floats(*decoder_parts())
+
+
+def _floats(matrices: Matrices, weights: Weights) -> Weights:
+    return weights | {name: matrix.values for name, matrix in matrices.items()}
+
+
+def encoder_parts() -> tuple[Matrices, Weights]:
+    """Return the encoder's matrices, (outputs, inputs) each, and what was never of 8 bits."""
     graph = _graph(read("encoder_model.ort"))
     constants = graph.constants
-    weights: Weights = {f"conv{n}.weight": graph.matrix(f"conv{n}.weight") for n in (1, 2, 3)}
-    weights |= {f"conv{n}.bias": constants[f"conv{n}.bias"] for n in (2, 3)}
+    matrices = {f"conv{n}.weight": graph.matrix(f"conv{n}.weight") for n in (1, 2, 3)}
+    weights: Weights = {f"conv{n}.bias": constants[f"conv{n}.bias"] for n in (2, 3)}
     for result, matrix in graph.products:
         found = re.match(r"/layers\.(\d)/(?:self_attn/(\w+)|mlp/(fc\d))/MatMul", result)
         if found:
             layer, attention, linear = found.groups()
             name = _ATTENTION[attention] if attention else linear
-            weights[f"layers.{layer}.{name}.weight"] = graph.matrix(matrix).T.copy()
+            matrices[f"layers.{layer}.{name}.weight"] = graph.matrix(matrix).T
     for layer in range(_LAYERS):
         old, new = f"layers.{layer}", f"layers.{layer}"
         for linear in ("fc1", "fc2"):
@@ -97,16 +133,14 @@ def encoder() -> Weights:
     weights["group_norm.weight"] = constants["onnx::Mul_1942"].ravel()
     weights["group_norm.bias"] = constants["onnx::Add_1943"].ravel()
     weights["norm.weight"] = constants["layer_norm.weight"]
-    return weights
+    return matrices, weights
 
 
-def decoder() -> Weights:
-    """Return the decoder's weights: tied embedding, eight layers, final norm."""
+def decoder_parts() -> tuple[Matrices, Weights]:
+    """Return the decoder's matrices, (outputs, inputs) each, and what was never of 8 bits."""
     graph = _graph(read("decoder_model_merged.ort"))
-    weights: Weights = {
-        "embedding.weight": graph.matrix("model.decoder.embed_tokens.weight_merged_0"),
-        "norm.weight": graph.constants["model.decoder.norm.weight_merged_0"],
-    }
+    matrices = {"embedding.weight": graph.matrix("model.decoder.embed_tokens.weight_merged_0")}
+    weights: Weights = {"norm.weight": graph.constants["model.decoder.norm.weight_merged_0"]}
     pattern = (
         r"/model/decoder/layers\.(\d)/(?:(self_attn|encoder_attn)/(\w+)|mlp/(\w+_proj))/MatMul"
     )
@@ -115,7 +149,7 @@ def decoder() -> Weights:
         if found:
             layer, kind, attention, linear = found.groups()
             name = linear or f"{'self' if kind == 'self_attn' else 'cross'}.{_ATTENTION[attention]}"
-            weights.setdefault(f"layers.{layer}.{name}.weight", graph.matrix(matrix).T.copy())
+            matrices.setdefault(f"layers.{layer}.{name}.weight", graph.matrix(matrix).T)
     norms = ("input_layernorm", "post_attention_layernorm", "final_layernorm")
     for layer in range(_LAYERS):
         old, new = f"model.decoder.layers.{layer}", f"layers.{layer}"
@@ -123,7 +157,7 @@ def decoder() -> Weights:
             weights[f"{new}.norm{number}.weight"] = graph.constants[f"{old}.{norm}.weight_merged_0"]
         for linear in ("up_proj", "down_proj"):
             weights[f"{new}.{linear}.bias"] = graph.constants[f"{old}.mlp.{linear}.bias_merged_0"]
-    return weights
+    return matrices, weights
 
 
 def pieces() -> list[bytes]:
