@@ -250,6 +250,68 @@ def transcribe(
         raise typer.Exit(1)
 
 
+@app.command()
+def mic(
+    device: Annotated[
+        str | None, typer.Option(help="Number or part of a name; see --list.")
+    ] = None,
+    list_devices: Annotated[bool, typer.Option("--list", help="List the devices.")] = False,
+    model: SpeechModel = "english",
+    stream: StreamName = None,
+    connect: Connect = None,
+    hotwords: Hotwords = None,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="How long; default: until Ctrl-C.")
+    ] = math.inf,
+    timeout: Timeout = 10.0,
+    as_json: JsonLines = False,
+) -> None:
+    """Print what is said into a microphone as it is said; Ctrl-C ends with the last words."""
+    from rich.console import Console
+
+    from engine import mic as microphones
+
+    speech = messages.Speech(hotwords=_hotwords(hotwords))
+    console = Console()
+    screen = console.is_terminal and not as_json
+    display = microphones.Screen(console) if screen else microphones.Lines(_echo_line, as_json)
+    try:
+        if list_devices:
+            _list_devices(microphones.devices(), as_json)
+            return
+        wanted = int(device) if device is not None and device.isdecimal() else device
+        report = microphones.run(
+            wanted, model, display, _tell_ready, stream, connect, speech, seconds, timeout
+        )
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except (MurmurError, zmq.ZMQError) as error:
+        _fail(error)
+    if as_json:
+        typer.echo(msgspec.json.encode(report).decode())
+    if "fault" in report:
+        typer.echo(f"murmur: {report['fault']}", err=True)
+        raise typer.Exit(1)
+
+
+def _list_devices(devices: list[dict[str, Any]], as_json: bool) -> None:
+    from engine.mic import device_line
+
+    if as_json:
+        typer.echo(msgspec.json.encode({"figure": len(devices), "devices": devices}).decode())
+    else:
+        typer.echo("\n".join(map(device_line, devices)) or "PortAudio sees no input device")
+
+
+def _tell_ready(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _echo_line(line: str) -> None:
+    typer.echo(line)
+    sys.stdout.flush()  # a pipe's reader wants it now
+
+
 @evaluate_app.command("speech")
 def evaluate_speech(
     manifest: Annotated[

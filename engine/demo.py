@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from engine import messages, recordings, replay
-from engine.bench import Counts, ServerProcess
+from engine.child import Counts, ServerProcess
 from engine.errors import MurmurError
 from engine.heart.rhythm import RULES
 from engine.messages import NOTICE, Message

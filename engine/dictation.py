@@ -29,7 +29,7 @@ from rich.progress import (
 
 from engine import messages
 from engine.audio import Sound
-from engine.bench import ServerProcess
+from engine.child import ServerProcess
 from engine.client import Client, Stream
 from engine.errors import Disconnected, MurmurError, Refused
 from engine.messages import Final, Message, Speech

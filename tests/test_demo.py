@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from engine import cli, demo, recordings, replay
 from engine import messages as m
-from engine.bench import Counts
+from engine.child import Counts
 from engine.client import Client
 from engine.messages import NOTICE
 from tests.conftest import Server

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from wfdb.processing import compare_annotations
 
 from engine import messages, model_file
-from engine.bench import serving
+from engine.child import serving
 from engine.client import Client
 from engine.heart.beats import Beat, BeatFinder
 from engine.model_file import Model

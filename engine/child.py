@@ -1,0 +1,113 @@
+"""A real server in a child process, and what it counts; for commands that bring their own."""
+
+import contextlib
+import json
+import subprocess
+import sys
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from typing import IO, NamedTuple
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from engine.errors import MurmurError
+
+
+class Counts(NamedTuple):
+    """A server's counters at one moment."""
+
+    cpu_seconds: float
+    resident_bytes: float
+    rows: float  # hops of a stream
+    steps: float
+    missed_deadlines: float
+    runs: Counter[tuple[int, int]]  # ONNX Runtime calls by their rows and hops
+
+    def since(self, before: "Counts") -> "Counts":
+        """Return what has been added since an earlier moment."""
+        return Counts(
+            self.cpu_seconds - before.cpu_seconds,
+            self.resident_bytes - before.resident_bytes,
+            self.rows - before.rows,
+            self.steps - before.steps,
+            self.missed_deadlines - before.missed_deadlines,
+            self.runs - before.runs,
+        )
+
+    @property
+    def rows_per_run(self) -> float:
+        return sum(rows * count for (rows, _), count in self.runs.items()) / self.runs.total()
+
+
+class ServerProcess:
+    """A real server, started for one command; what it logs goes to a file, or nowhere."""
+
+    def __init__(
+        self, model: str, limits: dict[str, float] | None = None, log: IO[bytes] | None = None
+    ) -> None:
+        command = [sys.executable, "-m", "engine", "serve", "--json", "--model", model]
+        command += ["--bind", "tcp://127.0.0.1:0", "--publish", "tcp://127.0.0.1:0"]
+        command += ["--metrics", "127.0.0.1:0"]
+        for key, value in (limits or {}).items():
+            command += ["--limit", f"{key}={value}"]
+        # A process group of its own: Ctrl-C is for who started it, and who then stops the server
+        # once its last results are in.
+        self._process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=log or subprocess.DEVNULL,
+            text=True,
+            process_group=0,
+        )
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.communicate()
+            raise MurmurError(f"the server did not start: {' '.join(command)}")
+        self.endpoints = json.loads(line)
+
+    @property
+    def address(self) -> str:
+        return str(self.endpoints["bind"])
+
+    def counts(self) -> Counts:
+        """Return the server's counters, its CPU seconds and memory among them."""
+        with urllib.request.urlopen(self.endpoints["metrics"], timeout=10) as answer:
+            text = answer.read().decode()
+        values: dict[str, float] = {}
+        runs: Counter[tuple[int, int]] = Counter()
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name == "murmur_runs_total":
+                    runs[int(sample.labels["rows"]), int(sample.labels["hops"])] = int(sample.value)
+                elif not sample.labels:
+                    values[sample.name] = sample.value
+        return Counts(
+            values["process_cpu_seconds_total"],
+            values["process_resident_memory_bytes"],
+            values["murmur_rows_total"],
+            values["murmur_batch_rows_count"],
+            values["murmur_missed_deadlines_total"],
+            runs,
+        )
+
+    def stop(self) -> int:
+        """Ask the server to end and return its exit code; one that does not listen is killed."""
+        self._process.terminate()
+        try:
+            self._process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
+        return self._process.returncode
+
+
+@contextlib.contextmanager
+def serving(model: str, **limits: float) -> Iterator[ServerProcess]:
+    """Start a server, and stop it at the end."""
+    server = ServerProcess(model, limits)
+    try:
+        yield server
+    finally:
+        server.stop()
