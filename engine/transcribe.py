@@ -4,11 +4,13 @@ Goes through a real server, as everything does: one that is running, or one in a
 """
 
 import html
+import math
 import sys
 import textwrap
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -302,7 +304,7 @@ def cues(utterances: Iterable[Utterance]) -> list[Cue]:
     # Two are never on the screen at once.
     return [
         cue._replace(end_s=min(cue.end_s, after.start_s))
-        for cue, after in zip(made, [*made[1:], Cue(float("inf"), 0.0, "")], strict=True)
+        for cue, after in zip_longest(made, made[1:], fillvalue=Cue(math.inf, 0.0, ""))
     ]
 
 

@@ -90,6 +90,37 @@ def test_integers_are_scaled_by_the_gain(client: Client, tiny_path: Path) -> Non
     assert_plain(tiny_path, told[:50], raw.astype(np.float32) * np.float32(0.005))
 
 
+def test_a_stream_says_how_much_it_may_send_and_a_flush_need_not_be_waited_for(
+    client: Client, tiny_path: Path
+) -> None:
+    stream = opened(client)
+    credit = stream.room
+    assert credit == 200  # two seconds
+    stream.send(SIGNAL[:30])
+    assert stream.room == credit - 30
+    stream.ask_flush()
+    assert stream.flushing
+    client.wait(lambda: not stream.flushing)
+    assert stream.room == credit
+    stream.ask_close()
+    client.wait(lambda: stream.closed is not None)
+    assert stream.close().samples == 30
+    assert len(beats(list(client.events()))) == 2
+
+
+def test_events_have_the_time_at_which_they_came(client: Client) -> None:
+    stream = opened(client)
+    stream.send(SIGNAL[:20])
+    client.wait(lambda: stream.acked_index == 20)
+    came = time.monotonic()
+    deadline = came + 0.05
+    client.wait(lambda: time.monotonic() > deadline)
+    times = [at for at, _ in client.timed_events()]
+    assert len(times) == 2
+    assert all(came - 0.05 < at <= came for at in times)
+    assert client.silent_s >= 0
+
+
 def test_two_streams_share_a_client(client: Client, tiny_path: Path) -> None:
     one, other = opened(client, "one"), opened(client, "other")
     for start in range(0, 1000, 90):
