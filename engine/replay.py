@@ -163,9 +163,15 @@ class _Hearing:
         return Latency(float(p50), float(p99), float(longest), len(self._latencies))
 
     def _time(self, message: Message, now: float) -> None:
-        if not isinstance(message, messages.Beat | messages.Alert | messages.Scores):
-            return
-        last = message.index if isinstance(message, messages.Scores) else message.decided_at
+        match message:
+            case messages.Beat() | messages.Alert():
+                last = message.decided_at
+            case messages.Scores() | messages.Partial():
+                last = message.index
+            case messages.Final():
+                last = message.endpoint
+            case _:
+                return
         number = bisect_left(self.ends, last)
         if number < len(self.ends):  # else the flush decided it
             self._latencies.append(now - self._handed_at[number])

@@ -112,6 +112,13 @@ def line(message: Message) -> str:
             what = f"alert {rule} {state}: {message.value:g}, limit {message.limit:g}"
             what += f" ({message.priority} priority)"
             return _placed(message.seconds, message.stream, what)
+        case messages.Final() if message.words:
+            what = f"final   {message.text}"
+            return _placed(message.words[0].start_s, message.stream, what)
+        case messages.Final():
+            what = f"final   {message.text}"
+        case messages.Partial():
+            what = f"partial {message.text}"
         case messages.Gap():
             lost = message.end - message.start
             what = f"gap of {lost} samples from {message.start}; state: {message.state}"

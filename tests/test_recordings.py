@@ -162,6 +162,18 @@ def test_a_cell_that_is_no_number_is_named(tmp_path: Path) -> None:
         read(str(path), "b", rate_hz=1, unit="V")
 
 
+def test_sound_is_a_number_without_unit(tmp_path: Path) -> None:
+    soundfile = pytest.importorskip("soundfile")
+    sound = np.random.default_rng(0).uniform(-1, 1, (30_000, 2)).astype(np.float32)
+    soundfile.write(tmp_path / "two.wav", sound, 22_050, subtype="FLOAT")
+    recording = read(str(tmp_path / "two.wav"))
+    assert recording[:2] == ("two", "sound")
+    assert recording[3:] == (22_050.0, "1", None)
+    np.testing.assert_allclose(recording.samples, sound.mean(axis=1), atol=1e-7)
+    with pytest.raises(MurmurError, match="rate: the file says 22050"):
+        read(str(tmp_path / "two.wav"), rate_hz=16_000.0)
+
+
 @pytest.mark.parametrize("channel", ["III", "2", "-1"])
 def test_an_unknown_channel_is_told_which_there_are(wfdb_record: Path, channel: str) -> None:
     with pytest.raises(MurmurError, match=rf"\['MLII', 'V1'\] or 0 to 1, found '{channel}'"):

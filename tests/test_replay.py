@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from engine import client as client_module
 from engine import messages as m
 from engine import replay
+from engine import watch as watching_module
 from engine.client import Client
 from engine.messages import Message
 from engine.recordings import Recording
 from tests import plain, tiny
 from tests.conftest import Clock, Server
+from tests.tones import say, tone_server
 
 ROOT = Path(__file__).parent.parent
 HOP = tiny.HOP
@@ -291,3 +293,35 @@ def test_watch_ends_at_its_time_and_at_ctrl_c(serving: Serving) -> None:
     interrupted = Watching(server)
     interrupted.process.send_signal(signal.SIGINT)
     assert interrupted.lines() == []
+
+
+def test_sound_is_replayed_to_a_model_of_speech(tmp_path: Path) -> None:
+    soundfile = pytest.importorskip("soundfile")
+    soundfile.write(tmp_path / "said.wav", say("one", "two", "-", "three"), 16_000)
+    with tone_server() as tones:
+        path = str(tmp_path / "said.wav")
+        done = murmur("replay", path, "--address", tones.address, "--speed", "8", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    *results, _, summary = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one["text"] for one in results if one["type"] == "final"] == ["One two.", "Three."]
+    assert tones.opened[0].model == "english"
+    assert summary["results"] == {"partial": 3, "final": 2}
+    assert summary["latency"]["results"] == 4  # the last final was the flush's
+
+
+WORDS = (m.Word("Hello,", 1.5, 1.9, 0.9), m.Word("world.", 2.0, 2.4, 0.8))
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        (m.Partial("mic", 3, "hello wor", 999, 1), "            mic  partial hello wor"),
+        (
+            m.Final("mic", 3, "Hello, world.", 9, 99, 999, "silence", WORDS),
+            "     1.50 s mic  final   Hello, world.",
+        ),
+        (m.Final("mic", 3, "", 9, 99, 999, "silence", ()), "            mic  final   "),
+    ],
+)
+def test_what_is_said_is_a_line(message: Message, line: str) -> None:
+    assert watching_module.line(message) == line
