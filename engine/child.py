@@ -6,7 +6,7 @@ import subprocess
 import sys
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO, NamedTuple
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -44,9 +44,14 @@ class ServerProcess:
     """A real server, started for one command; what it logs goes to a file, or nowhere."""
 
     def __init__(
-        self, model: str, limits: dict[str, float] | None = None, log: IO[bytes] | None = None
+        self,
+        models: str | Sequence[str],
+        limits: dict[str, float] | None = None,
+        log: IO[bytes] | None = None,
     ) -> None:
-        command = [sys.executable, "-m", "engine", "serve", "--json", "--model", model]
+        command = [sys.executable, "-m", "engine", "serve", "--json"]
+        for model in [models] if isinstance(models, str) else models:
+            command += ["--model", model]
         command += ["--bind", "tcp://127.0.0.1:0", "--publish", "tcp://127.0.0.1:0"]
         command += ["--metrics", "127.0.0.1:0"]
         for key, value in (limits or {}).items():

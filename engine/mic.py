@@ -217,7 +217,8 @@ class Meter:
 
     def text(self, now: float) -> Text:
         cells = round((1 - self.level_db / _FLOOR_DB) * _METER_CELLS)
-        bar = Text("\u2588" * cells, "green") + Text("\u2591" * (_METER_CELLS - cells), "dim")
+        rest = "\u2591" * (_METER_CELLS - cells)
+        bar = Text.assemble(("\u2588" * cells, "green"), (rest, "dim"))
         if now - self._clipped_at < _CLIP_SHOWN_S:
             bar.append(" CLIPPED", "bold red")
         return bar
@@ -272,7 +273,7 @@ class Screen:
     def _line(self) -> Text:
         room = max(20, 3 * self._console.width - len(self._meter) - 3)  # three lines
         told = self._partial if len(self._partial) <= room else f"\u2026{self._partial[-room:]}"
-        return self._meter + Text(f"  {told}", "bright_black")
+        return Text.assemble(self._meter, (f"  {told}", "bright_black"))
 
 
 class Lines:

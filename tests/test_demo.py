@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from engine import cli, demo, recordings, replay
+from engine import cli, demo, picture, recordings, replay
 from engine import messages as m
 from engine.child import Counts
 from engine.client import Client
@@ -76,8 +76,8 @@ def alert(seconds: float, state: Any) -> m.Alert:
     return m.Alert("s", "ventricular_run", state, "high", 3.0, 3.0, index, seconds, index)
 
 
-def tally() -> demo.Tally:
-    made = demo.Tally()
+def tally() -> picture.Tally:
+    made = picture.Tally()
     for message in (
         beat(1, "N"),
         beat(9.9, "V"),
@@ -96,7 +96,7 @@ RECORDING = recordings.Recording("r", "MLII", WAVE, RATE_HZ, "mV")
 
 def test_plain_lines_tell_ten_seconds_each_and_alerts_in_their_place() -> None:
     text = io.StringIO()
-    with demo.Lines(Console(file=text, width=40), RECORDING, tally(), 1.0) as show:
+    with picture.Lines(Console(file=text, width=40), RECORDING, tally(), 1.0) as show:
         show()
         assert len(text.getvalue().splitlines()) == 4  # the last ten seconds may go on
     assert text.getvalue().splitlines() == [
@@ -113,7 +113,7 @@ def test_the_screen_shows_beats_rate_counts_and_alerts() -> None:
     console = Console(file=text, width=80, height=24, force_terminal=True, color_system=None)
     one = tally()
     one.take(alert(70.5, "active"))
-    with demo.Screen(console, RECORDING, one, 20.0) as show:
+    with picture.Screen(console, RECORDING, one, 20.0) as show:
         show()
     for part in ("beats  NVSV", "heart rate  75 bpm", "V in the last minute", "V 2 ventricular"):
         assert part in text.getvalue()
@@ -125,10 +125,10 @@ def test_the_screen_shows_beats_rate_counts_and_alerts() -> None:
 def test_a_signal_is_drawn_where_its_values_are() -> None:
     """A cell's left dots from the top are bits 1, 2, 4, 64, and its right ones 8, 16, 32, 128."""
     rising = np.arange(8, dtype=np.float32)  # one sample a dot, four cells in two rows
-    top, bottom = demo.braille(rising, 4, 2, 0.0, 7.0)
+    top, bottom = picture.braille(rising, 4, 2, 0.0, 7.0)
     assert [ord(cell) - 0x2800 for cell in bottom] == [64 | 32, 2 | 8, 0, 0]
     assert [ord(cell) - 0x2800 for cell in top] == [0, 0, 64 | 32, 2 | 8]
-    assert demo.braille(rising[:0], 3, 2, 0.0, 7.0) == ["   ", "   "]
+    assert picture.braille(rising[:0], 3, 2, 0.0, 7.0) == ["   ", "   "]
 
 
 SUMMARY = replay.Summary(
@@ -150,11 +150,52 @@ SUMMARY = replay.Summary(
     latency=None,
 )
 COUNTS = Counts(1.0, 1.0, 6.0, 2.0, 0.0, Counter({(1, 3): 2}))
-WELL = demo.Ended(SUMMARY, 0, "", COUNTS, 0, "")
+WELL = demo.Ended(demo.Played(SUMMARY, 0, ""), COUNTS, 0, "")
 
 
 def changed(**fields: Any) -> demo.Ended:
-    return WELL._replace(summary=msgspec.structs.replace(SUMMARY, **fields))
+    return WELL._replace(heart=demo.Played(msgspec.structs.replace(SUMMARY, **fields), 0, ""))
+
+
+def final(text: str, utterance: int = 0) -> m.Final:
+    return m.Final("voice", utterance, text, 0, 0, 0, "silence", ())
+
+
+def with_voice(told: picture.Tally) -> picture.Tally:
+    told.with_voice = True
+    told.take(m.Partial("voice", 0, "it was", 0, 2))
+    told.take(final("It was the best of times."))
+    told.take(m.Partial("voice", 1, "it was the wor", 0, 3))
+    return told
+
+
+def spoken(**fields: Any) -> demo.Ended:
+    """Return what ended well, beside a voice of one final."""
+    summary = msgspec.structs.replace(SUMMARY, **({"results": {"final": 1}} | fields))
+    return WELL._replace(voice=demo.Played(summary, 0, ""))
+
+
+def test_a_voice_that_was_understood_is_in_the_report() -> None:
+    report = demo.report(with_voice(tally()), spoken(), 1.0)
+    assert report["failures"] == []
+    assert report["voice"]["text"] == "It was the best of times."
+    assert (report["voice"]["finals"], report["voice"]["partials"]) == (1, 2)
+    assert demo.report(tally(), WELL, 1.0, "no wheel")["no_voice"] == "no wheel"
+
+
+def test_the_voice_is_shown_beside_the_heart() -> None:
+    text = io.StringIO()
+    console = Console(file=text, width=80, height=30, force_terminal=True, color_system="standard")
+    with picture.Screen(console, RECORDING, with_voice(tally()), 20.0) as show:
+        show()
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.getvalue())
+    assert "voice  It was the best of times. it was the wor" in plain
+    assert "\x1b[90m it was the wor" in text.getvalue()  # grey
+    text = io.StringIO()
+    with picture.Lines(Console(file=text, width=40), RECORDING, with_voice(tally()), 1.0) as show:
+        show()
+        show()
+    assert text.getvalue().count("voice  It was the best of times.\n") == 1
 
 
 def test_a_run_in_which_all_went_well_has_no_failures() -> None:
@@ -167,8 +208,12 @@ def test_a_run_in_which_all_went_well_has_no_failures() -> None:
 @pytest.mark.parametrize(
     ("ended", "told", "failure"),
     [
-        (WELL._replace(replay_code=1, replay_errors="murmur: no answer"), tally(), "no answer"),
-        (WELL._replace(summary=None), tally(), "the replay ended with code 0"),
+        (
+            WELL._replace(heart=demo.Played(SUMMARY, 1, "murmur: no answer")),
+            tally(),
+            "no answer",
+        ),
+        (WELL._replace(heart=demo.Played(None, 0, "")), tally(), "the replay ended with code 0"),
         (changed(errors=["bad_unit: kPa"]), tally(), "refused: bad_unit: kPa"),
         (changed(acknowledged=6), tally(), "6 of 7 chunks were acknowledged"),
         (
@@ -176,14 +221,21 @@ def test_a_run_in_which_all_went_well_has_no_failures() -> None:
             tally(),
             "5 beats were told to the client, 4 were published",
         ),
-        (changed(results={}), demo.Tally(), "no beats were found"),
-        (changed(results={}), demo.Tally(), "no ventricular alert was raised"),
+        (changed(results={}), picture.Tally(), "no beats were found"),
+        (changed(results={}), picture.Tally(), "no ventricular alert was raised"),
         (WELL._replace(server_code=-9, server_log="killed"), tally(), "code -9: killed"),
         (WELL._replace(counts=None), tally(), "the server ended with code 0"),
+        (spoken(results={}), tally(), "nothing that the voice said was understood"),
+        (spoken(), tally(), "1 finals were told to the client, 0 were published"),
+        (
+            WELL._replace(voice=demo.Played(None, 2, "no")),
+            with_voice(tally()),
+            "the voice ended with code 2: no",
+        ),
     ],
 )
 def test_whatever_went_wrong_is_a_failure(
-    ended: demo.Ended, told: demo.Tally, failure: str
+    ended: demo.Ended, told: picture.Tally, failure: str
 ) -> None:
     report = demo.report(told, ended, 1.0)
     assert not report["passed"]
