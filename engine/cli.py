@@ -334,7 +334,7 @@ def evaluate_speech(
         int | None, typer.Option(min=1, help="Only so many recordings, evenly spread.")
     ] = None,
     streams: Annotated[
-        int | None, typer.Option(min=1, help="Recordings at once; default: 8, and paced 2.")
+        int | None, typer.Option(min=1, help="Recordings at once; default: 8, and paced 1.")
     ] = None,
     paced: Annotated[
         bool, typer.Option("--paced", help="In real time, in chunks of 0.1 s; tells latency.")
@@ -365,7 +365,7 @@ def evaluate_speech(
 
     plan = Plan(
         model,
-        streams or (2 if paced else 8),
+        streams or (1 if paced else 8),
         pace=1.0 if paced else 0.0,
         chunk_s=0.1 if paced else 0.5,
         silence_s=(1.5 if paced else 0.0) if silence is None else silence,

@@ -28,6 +28,7 @@ from engine.scoring import (
     changes,
     errors,
     first_shown,
+    interval,
     matches,
     quantiles,
 )
@@ -252,6 +253,9 @@ def accuracy(scores: Sequence[Score]) -> Report:
         "recordings": len(texts),
         "words": words.reference,
         "wer": _percent(words.rate),
+        "wer_95": [100 * rate for rate in interval([one.words for one in texts])]
+        if texts
+        else None,
         "substitutions": words.substitutions,
         "deletions": words.deletions,
         "insertions": words.insertions,
@@ -370,7 +374,9 @@ _WORST = 10  # speakers
 def lines(report: Report) -> Iterator[str]:
     """Yield a report's lines."""
     if report["recordings"]:
-        yield _line("word error rate", f"{report['wer']:.2f} %", _edits(report))
+        low, high = report["wer_95"]
+        figure = f"{report['wer']:.2f} % (95 %: {low:.2f} to {high:.2f})"
+        yield _line("word error rate", figure, _edits(report))
         yield _line("character error rate", f"{report['cer']:.2f} %")
         yield _line("streaming pass", f"{report['streaming_wer']:.2f} %", "what partials end as")
         yield _line("normalisation", report["normalisation"])
@@ -427,7 +433,7 @@ def _speaker_lines(speakers: Sequence[Report]) -> Iterator[str]:
         counts = f"{row['errors']:7} {row['words']:7} {row['recordings']:11}"
         yield f"{row['speaker'][:24]:24} {row['wer']:7.2f} {counts}"
     if len(speakers) > _WORST:
-        yield f"and {len(speakers) - _WORST} others, all better"
+        yield f"and {len(speakers) - _WORST} others, none worse"
 
 
 def _line(what: str, *told: str) -> str:

@@ -12,6 +12,8 @@ from rapidfuzz.distance import Levenshtein
 
 Words = Sequence[str]
 
+_DRAWS = 1000
+
 AVERAGE_LAGGING = (
     "Ma et al. 2019 in its form for speech (Ma, Pino, Koehn 2020; SimulEval), computation aware: "
     "mean of (when a word was first shown - when an ideal writer, whose words are spread evenly "
@@ -75,6 +77,15 @@ def errors(reference: Words, hypothesis: Words) -> Errors:
     return Errors(
         kinds.count("replace"), kinds.count("delete"), kinds.count("insert"), len(reference)
     )
+
+
+def interval(each: Sequence[Errors]) -> tuple[float, float]:
+    """Return where 95 % of error rates lie if recordings are drawn anew (Bisani and Ney 2004)."""
+    counts = np.array([(one.edits, one.reference) for one in each])
+    drawn = np.random.default_rng(0).integers(0, len(counts), (_DRAWS, len(counts)))
+    edits, lengths = counts[drawn].sum(axis=1).T
+    low, high = np.percentile(edits / lengths, [2.5, 97.5]).tolist()
+    return low, high
 
 
 def matches(reference: Words, hypothesis: Words) -> list[tuple[int, int]]:

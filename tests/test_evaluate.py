@@ -177,7 +177,7 @@ def test_a_report_can_be_read_and_stored(tones: ToneServer, tmp_path: Path) -> N
     assert json.loads(json.dumps(report)) == report
     text = "\n".join(evaluate.lines(report))
     for part in (
-        "word error rate        33.33 %; 3 words in 2 recordings: 1 substitutions, 0 deletions",
+        "word error rate        33.33 % (95 %: 0.00 to 50.00); 3 words in 2 recordings: 1 subst",
         "lone words             0.00 %; 0 of 1",
         "1 in 0.00 h without text",
         "real-time factor       2.000; 2 s of sound in 4.0 s, 1 streams at once, in real time",

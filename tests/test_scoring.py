@@ -14,6 +14,7 @@ from engine.scoring import (
     changes,
     errors,
     first_shown,
+    interval,
     matches,
     quantiles,
 )
@@ -61,6 +62,14 @@ def test_each_kind_of_error_is_counted_as_its_kind() -> None:
     assert errors("abc", "abd") == Errors(1, 0, 0, 3)
     assert found.plus(Errors(1, 2, 3, 4)) == Errors(2, 3, 4, 10)
     assert math.isnan(errors([], ["a"]).rate)
+
+
+def test_the_interval_narrows_as_the_root_of_the_recordings() -> None:
+    """Half of the recordings have 2 errors of 10, half none: a rate of 0.1 +- 1.96 * 0.1 / root."""
+    for count in (100, 1600):
+        low, high = interval([Errors(2 * (k % 2), 0, 0, 10) for k in range(count)])
+        half = 1.96 * 0.1 / math.sqrt(count)
+        assert (low, high) == pytest.approx((0.1 - half, 0.1 + half), abs=0.2 * half)
 
 
 @pytest.mark.parametrize(
