@@ -340,12 +340,9 @@ def evaluate_speech(
         bool, typer.Option("--paced", help="In real time, in chunks of 0.1 s; tells latency.")
     ] = False,
     silence: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            help="Seconds behind each recording, as a microphone goes on; default: 0, paced 1.5.",
-        ),
-    ] = None,
+        float,
+        typer.Option(min=0, help="Seconds behind each recording, as a microphone goes on."),
+    ] = 1.5,
     hyp: Annotated[
         Path | None, typer.Option("--hyp", help="Write the finals here: id<TAB>text a line.")
     ] = None,
@@ -368,7 +365,7 @@ def evaluate_speech(
         streams or (1 if paced else 8),
         pace=1.0 if paced else 0.0,
         chunk_s=0.1 if paced else 0.5,
-        silence_s=(1.5 if paced else 0.0) if silence is None else silence,
+        silence_s=silence,
         speech=messages.Speech(hotwords=_hotwords(hotwords)),
     )
     try:
