@@ -40,7 +40,7 @@ class Chunking(NamedTuple):
 
     chunk: int
     ahead: int
-    left: int  # of earlier frames that are attended to
+    left: int  # of earlier frames that are attended to; whole chunks
 
 
 def frames_of(samples: Tensor) -> Tensor:
@@ -228,9 +228,10 @@ class Encoder(nn.Module):
             q, k = (joined(rotate(heads(part), turn)) for part in (q, k))
             q = q.reshape(batch * chunks, size, WIDTH)
             k, v = (_with_past(part.view(batch, chunks, size, WIDTH), cut) for part in (k, v))
-            attended = functional.scaled_dot_product_attention(
-                heads(q), heads(k), heads(v), attn_mask=mask.repeat(batch, 1, 1, 1)
-            )
+            # Spelt out: torch's fused attention with a mask is slow backwards on a CPU.
+            scores = heads(q) @ heads(k).transpose(2, 3) / HEAD**0.5
+            scores = (scores.view(batch, chunks, HEADS, size, -1) + mask).softmax(-1)
+            attended = scores.to(v.dtype).flatten(0, 1) @ heads(v)
             x = layer.finish(x, joined(attended).view(batch, chunks * size, WIDTH))
         x = x.view(batch, chunks, size, WIDTH)[:, :, : cut.chunk]
         return self.norm(x.reshape(batch, chunks * cut.chunk, WIDTH))
@@ -239,10 +240,10 @@ class Encoder(nn.Module):
 def _with_past(x: Tensor, cut: Chunking) -> Tensor:
     """Put the frames before each chunk in front of it: (batch * chunks, left + size, WIDTH)."""
     batch, chunks, size, _ = x.shape
-    past = x[:, :, : cut.chunk].reshape(batch, chunks * cut.chunk, WIDTH)
-    past = functional.pad(past, (0, 0, cut.left, 0))
-    past = past.unfold(1, cut.left, cut.chunk)[:, :chunks].transpose(2, 3)
-    return torch.cat((past, x), 2).reshape(batch * chunks, cut.left + size, WIDTH)
+    before = cut.left // cut.chunk
+    kept = functional.pad(x[:, :, : cut.chunk], (0, 0, 0, 0, before, 0))
+    past = [kept[:, first : first + chunks] for first in range(before)]
+    return torch.cat((*past, x), 2).reshape(batch * chunks, cut.left + size, WIDTH)
 
 
 def _mask(chunks: int, cut: Chunking, like: Tensor) -> Tensor:

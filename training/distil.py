@@ -37,7 +37,6 @@ from training import recordings
 from training.recordings import LETTERS, Utterance
 
 SETS = ("librispeech", "kathleen", "ljspeech")
-UNTRANSCRIBED = ("orders",)
 LONGEST_S = 20.0
 BATCH_S = 60.0  # of audio, padding included
 CTC_WEIGHT = 0.3  # of the loss of a letter, beside the distance to the teacher
@@ -73,21 +72,42 @@ def teacher_frames(
     names = [utterance.name for utterance in utterances]
     if not index_path.exists():
         encoder = Encoder(moonshine.encoder()).eval()
-        counts = {}
-        with data_path.open("wb") as out, torch.inference_mode():
-            for utterance in track(utterances, "teacher"):
-                samples = torch.from_numpy(recordings.audio(folder, utterance)).float() / 32768
-                stem = encoder.whole_stem(samples[None], None)
-                with torch.autocast("cpu", torch.bfloat16):
-                    frames = encoder.attend_all(stem)[0].half().numpy()
-                counts[utterance.name] = len(frames)
-                out.write(frames.tobytes())
-        index_path.write_text(json.dumps(counts))
+        counts = [int(frames_of(torch.tensor(round(each.seconds * 16000)))) for each in utterances]
+        order = np.argsort(counts)
+        groups = [order[first : first + 4] for first in range(0, len(order), 4)]
+        found: dict[str, NDArray[np.float16]] = {}
+        for group in track(groups, "teacher"):
+            some = [utterances[place] for place in group]
+            found |= dict(zip([each.name for each in some], _encode(encoder, folder, some)))
+        with data_path.open("wb") as out:
+            for name in names:
+                out.write(found[name].tobytes())
+        index_path.write_text(json.dumps({name: len(found[name]) for name in names}))
     counts = json.loads(index_path.read_text())
     if list(counts) != names:
         raise ValueError(f"{index_path}: expected these {len(names)} utterances; delete it")
     data = np.memmap(data_path, np.float16, "r").reshape(-1, WIDTH)
     return np.split(data, np.cumsum(list(counts.values()))[:-1])
+
+
+def _encode(
+    encoder: Encoder, folder: Path, utterances: list[Utterance]
+) -> list[NDArray[np.float16]]:
+    """Return the frames of utterances of about one length.
+
+    They are padded to whole seconds, because torch compiles its bfloat16 kernels per shape.
+    """
+    sounds = [recordings.audio(folder, each) for each in utterances]
+    samples = torch.tensor([len(sound) for sound in sounds])
+    audio = torch.zeros(len(sounds), -(-int(samples.max()) // 16000) * 16000)
+    for row, sound in enumerate(sounds):
+        audio[row, : len(sound)] = torch.from_numpy(sound).float() / 32768
+    with torch.inference_mode():
+        stem = encoder.whole_stem(audio, samples)
+        with torch.autocast("cpu", torch.bfloat16):
+            frames = encoder.attend_all(stem, frames_of(samples)).half().numpy()
+    counts = frames_of(samples).tolist()
+    return [each[:count] for each, count in zip(frames, counts, strict=True)]
 
 
 def items(folder: Path, kept: Path, split: str, sets: tuple[str, ...]) -> list[Item]:
@@ -148,7 +168,8 @@ def collate(group: list[Item], cut: Chunking, noise: Noise, rng: np.random.Gener
     """Put utterances side by side, each after the same few frames of quiet."""
     skipped = int(rng.integers(cut.chunk))
     counts = torch.tensor([len(item.frames) for item in group])
-    chunks = -(-(skipped + int(counts.max())) // cut.chunk)
+    # Even numbers of chunks: torch compiles its bfloat16 kernels for every new shape.
+    chunks = -(-(skipped + int(counts.max())) // (2 * cut.chunk)) * 2
     samples = (chunks * cut.chunk + cut.ahead) * SAMPLES_PER_FRAME + 7 * 64 + 127
     audio = rng.normal(0, 1e-4, (len(group), samples)).astype(np.float32)
     target = torch.zeros(len(group), chunks * cut.chunk, WIDTH)
@@ -190,10 +211,10 @@ def distance(frames: Tensor, batch: Batch, variance: float) -> Tensor:
 
 def random_cut(rng: np.random.Generator) -> Chunking:
     """Return how a batch is cut: mostly as it will be served."""
-    if rng.random() < 0.5:
+    if rng.random() < 0.7:
         return SERVED
-    chunk = int(rng.choice((16, 24, 32)))
-    return Chunking(chunk, int(rng.integers(12, 17)), int(rng.integers(120, 240)))
+    chunk, ahead, left = rng.choice(((16, 16, 192), (24, 12, 144), (32, 16, 224)))
+    return Chunking(int(chunk), int(ahead), int(left))
 
 
 class Training:
@@ -341,7 +362,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    found = items(args.data, args.out, "train", SETS + UNTRANSCRIBED)
+    found = items(args.data, args.out, "train", SETS)
     valid = items(args.data, args.out, "valid", ("librispeech",))
     training = Training(args.seed)
     last = args.out / "last.pt"
