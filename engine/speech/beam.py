@@ -114,14 +114,9 @@ class _Prefix:
         self.trace_blank, self.trace_token = self.trace_blank[count:], self.trace_token[count:]
 
 
-class _Move(NamedTuple):
-    """A prefix that becomes longer by a label."""
-
-    p: float
-    best: float
-    trace: Trace
-    prefix: _Prefix
-    heard: _Heard
+# A prefix that becomes longer: its probability, the best alignment's and that one's trace so far,
+# then the prefix and the label.
+_Move = tuple[float, float, Trace, _Prefix, _Heard]
 
 
 class _Settings(NamedTuple):
@@ -167,8 +162,8 @@ class _Search:
         for prefix in self._beam:
             last = prefix.last
             prefix.stay(self.frames, blank, by_label.get(last), last == separator)
-        for move, prefix in entering:
-            prefix.enter(move.p, move.best, self._longer(move))
+        for prefix, (p, best, trace, _, one) in entering:
+            prefix.enter(p, best, self._longer(trace, one))
         for prefix in self._beam:
             prefix.sum_up()
         self._keep(grown)
@@ -177,39 +172,41 @@ class _Search:
 
     def _grow(
         self, heard: list[_Heard], floor: float
-    ) -> tuple[list[_Move], list[tuple[_Move, _Prefix]]]:
+    ) -> tuple[list[_Move], list[tuple[_Prefix, _Move]]]:
         """Return the moves to new prefixes, and those to prefixes that there are already."""
         separator = self._settings.separator
         present = {prefix.text: prefix for prefix in self._beam}
         grown: list[_Move] = []
-        entering: list[tuple[_Move, _Prefix]] = []
+        entering: list[tuple[_Prefix, _Move]] = []
         for prefix in self._beam:
+            total, last, factors, text = prefix.total, prefix.last, prefix.factors, prefix.text
             for one in heard:
-                factor = one.p * prefix.factors[one.label]
-                p, best, trace = prefix.total, prefix.best, prefix.trace
-                if one.label == prefix.last:  # said anew only after a blank
-                    if one.label == separator:
-                        continue
-                    p, best, trace = prefix.blank, prefix.best_blank, prefix.trace_blank
-                p *= factor
+                label, factor, _ = one
+                factor *= factors[label]
+                if label != last:
+                    p, best, trace = total * factor, prefix.best * factor, prefix.trace
+                elif label != separator:  # said anew only after a blank
+                    p, best = prefix.blank * factor, prefix.best_blank * factor
+                    trace = prefix.trace_blank
+                else:
+                    continue
                 if p > floor:
-                    move = _Move(p, best * factor, trace, prefix, one)
-                    target = present.get(prefix.text + chr(one.label))
+                    target = present.get(text + chr(label))
                     if target is None:
-                        grown.append(move)
+                        grown.append((p, best, trace, prefix, one))
                     else:
-                        entering.append((move, target))
+                        entering.append((target, (p, best, trace, prefix, one)))
         return grown, entering
 
     def _keep(self, grown: list[_Move]) -> None:
         """Make the most probable of old and new prefixes the beam."""
         pool: list[tuple[float, _Prefix | _Move]] = [(old.total, old) for old in self._beam]
-        pool += [(move.p, move) for move in grown]
+        pool += [(move[0], move) for move in grown]
         pool.sort(key=itemgetter(0), reverse=True)
         best = pool[0][0]
         cut = best * self._settings.worst
         self._beam = [
-            self._child(item) if isinstance(item, _Move) else item
+            item if isinstance(item, _Prefix) else self._child(item)
             for p, item in pool[: self._settings.beam]
             if p >= cut
         ]
@@ -221,16 +218,16 @@ class _Search:
             self._settle()
 
     def _child(self, move: _Move) -> _Prefix:
-        label = move.heard.label
-        state = self._language.advance(move.prefix.state, label)
-        text = move.prefix.text + chr(label)
-        child = _Prefix(text, label, state, self._language.factors(state))
-        child.enter(move.p, move.best, self._longer(move))
+        p, best, trace, parent, heard = move
+        state = self._language.advance(parent.state, heard.label)
+        text = parent.text + chr(heard.label)
+        child = _Prefix(text, heard.label, state, self._language.factors(state))
+        child.enter(p, best, self._longer(trace, heard))
         child.sum_up()
         return child
 
-    def _longer(self, move: _Move) -> Trace:
-        return (*move.trace, (self.frames, self.frames + 1, move.heard.log_p))
+    def _longer(self, trace: Trace, heard: _Heard) -> Trace:
+        return (*trace, (self.frames, self.frames + 1, heard.log_p))
 
     def _settle(self) -> None:
         """Let go of words that all prefixes share, or else of those that disagree with the best."""

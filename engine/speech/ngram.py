@@ -24,6 +24,7 @@ from engine.errors import ModelFileError
 
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
 SPACE = "|"  # the space in a model of letters: ARPA's own separator is white space
+_MAX_KNOWN = 2**14  # contexts; with the letters of English, each takes 0.4 KB
 _FORMAT = 1
 _FIELDS = {
     *("format", "vocabulary", "sizes", "words", "continuations"),
@@ -80,6 +81,7 @@ class Ngrams:
         self._words, self._first = memoryview(words.data), memoryview(first.data)
         self._log_probs, self._backoffs = memoryview(log_probs.data), memoryview(backoffs.data)
         self._unigrams = log_probs[: len(self.vocabulary)].astype(np.float64)
+        self._known: dict[State, NDArray[np.float64]] = {}
 
     @property
     def order(self) -> int:
@@ -91,8 +93,15 @@ class Ngrams:
 
     def advance(self, state: State, word: int) -> State:
         """Return the contexts in force after a word, without those that cannot matter."""
-        found = [child for node in state if (child := self._child(node, word)) >= 0]
-        return tuple(node for node in (*found, word) if self._matters(node))
+        words, first, backoffs = self._words, self._first, self._backoffs
+        after = []
+        for node in state:
+            end = first[node + 1]
+            place = bisect_left(words, word, first[node], end)
+            if place < end and words[place] == word:
+                after.append(place)
+        after.append(word)
+        return tuple([node for node in after if first[node] < first[node + 1] or backoffs[node]])
 
     def log_prob(self, state: State, word: int) -> float:
         """Return the natural log of a word's probability after a context."""
@@ -105,12 +114,21 @@ class Ngrams:
         return weight + self._log_probs[word]
 
     def all_log_probs(self, state: State) -> NDArray[np.float64]:
-        """Return the natural log of every word's probability after a context, (words,)."""
-        scores = self._unigrams.copy()
-        for node in reversed(state):
-            scores += self._backoffs[node]
+        """Return the natural log of every word's probability after a context, (words,).
+
+        Not to be changed. Those of the contexts asked for last are kept.
+        """
+        if not state:
+            return self._unigrams
+        scores = self._known.get(state)
+        if scores is None:
+            node = state[0]
+            scores = self.all_log_probs(state[1:]) + self._backoffs[node]
             begin, end = self._first[node], self._first[node + 1]
             scores[self.words[begin:end]] = self.log_probs[begin:end]
+            if len(self._known) >= _MAX_KNOWN:
+                self._known.clear()
+            self._known[state] = scores
         return scores
 
     def _child(self, node: int, word: int) -> int:
@@ -118,9 +136,6 @@ class Ngrams:
         end = self._first[node + 1]
         place = bisect_left(self._words, word, self._first[node], end)
         return place if place < end and self._words[place] == word else -1
-
-    def _matters(self, node: int) -> bool:
-        return self._first[node] < self._first[node + 1] or self._backoffs[node] != 0.0
 
 
 def build(vocabulary: Sequence[str], orders: Sequence[Order]) -> Ngrams:
