@@ -290,7 +290,7 @@ def predict(model: Ngrams, texts: Iterable[Sequence[str]]) -> Heldout:
     """Let a model predict each text's words, all but the first."""
     nats, known, unknown = 0.0, 0, 0
     for text in texts:
-        state: ngram.State = ()
+        state = ngram.NOTHING
         for place, word in enumerate(text):
             number = model.ids.get(word, model.ids.get(UNKNOWN, -1))
             if place and word in model.ids:

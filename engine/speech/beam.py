@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from engine.messages import Speech
 from engine.speech.ctc import BLANK, SEPARATOR, Emitted, Hypothesis, Transcript
 from engine.speech.hotwords import Hotwords
-from engine.speech.language import Both, Cached, Indifferent, Language
+from engine.speech.language import Both, Indifferent, Language, make_room
 
 _TINY = 1e-100  # below which the best prefix's probability is brought to 1 again
 _MAX_OPEN = 96  # labels of a prefix; beyond, what all prefixes have in common becomes final
 _KEPT_OPEN = 48  # labels that stay open where prefixes have no word in common
-_HOT_STATES = 1024  # states of the language kept for a stream with hotwords
+_MAX_STATES = 8192  # of a language model, whose factors are kept; some 0.3 KB each
 
 Trace = tuple[tuple[int, int, float], ...]  # of each label: first and last frame, peak; see Emitted
 
@@ -52,7 +52,7 @@ class _Prefix:
         *("trace_blank", "trace_token", "total", "best", "trace"),
     )
 
-    def __init__(self, text: str, last: int, state: Any, factors: list[float]) -> None:
+    def __init__(self, text: str, last: int, state: Any, factors: dict[int, float]) -> None:
         self.text, self.last = text, last
         self.state, self.factors = state, factors
         self.blank = self.best_blank = 0.0
@@ -128,16 +128,26 @@ class _Settings(NamedTuple):
     worst: float  # how probable a prefix must be, as a part of the best one
 
 
+class _Weighed(NamedTuple):
+    """A language model, and what it said of the states met last.
+
+    For each state and label the factor, exp of its score; filled as labels are heard.
+    """
+
+    language: Language[Any]
+    factors: dict[Any, dict[int, float]]
+
+
 class _Search:
     """The search of one row, from one reset to the next."""
 
-    def __init__(self, settings: _Settings, language: Cached[Any]) -> None:
-        self._settings, self._language = settings, language
+    def __init__(self, settings: _Settings, language: _Weighed) -> None:
+        self._settings, self._language, self._factors = settings, *language
         self.frames = 0
         self._log_scale = 0.0  # natural log of the common factor
         self._settled = Transcript(settings.labels)  # what is no longer in the prefixes
-        state = language.begin()
-        empty = _Prefix("", settings.separator, state, language.factors(state))
+        state = self._language.begin()
+        empty = _Prefix("", settings.separator, state, self._factors_after(state))
         empty.blank = empty.best_blank = 1.0
         empty.sum_up()
         self._beam = [empty]  # the best first
@@ -182,7 +192,11 @@ class _Search:
             total, last, factors, text = prefix.total, prefix.last, prefix.factors, prefix.text
             for one in heard:
                 label, factor, _ = one
-                factor *= factors[label]
+                weight = factors.get(label)
+                if weight is None:
+                    weight = math.exp(self._language.score(prefix.state, label))
+                    factors[label] = weight
+                factor *= weight
                 if label != last:
                     p, best, trace = total * factor, prefix.best * factor, prefix.trace
                 elif label != separator:  # said anew only after a blank
@@ -221,10 +235,17 @@ class _Search:
         p, best, trace, parent, heard = move
         state = self._language.advance(parent.state, heard.label)
         text = parent.text + chr(heard.label)
-        child = _Prefix(text, heard.label, state, self._language.factors(state))
+        child = _Prefix(text, heard.label, state, self._factors_after(state))
         child.enter(p, best, self._longer(trace, heard))
         child.sum_up()
         return child
+
+    def _factors_after(self, state: Any) -> dict[int, float]:
+        factors = self._factors.get(state)
+        if factors is None:
+            make_room(self._factors, _MAX_STATES)
+            factors = self._factors[state] = {}
+        return factors
 
     def _longer(self, trace: Trace, heard: _Heard) -> Trace:
         return (*trace, (self.frames, self.frames + 1, heard.log_p))
@@ -295,7 +316,7 @@ class _Search:
         for fields in prefixes:
             named = dict(zip(_CARRIED, map(_frozen, fields), strict=True))
             state = named["state"]
-            prefix = _Prefix(named["text"], named["last"], state, self._language.factors(state))
+            prefix = _Prefix(named["text"], named["last"], state, self._factors_after(state))
             for name, value in named.items():
                 setattr(prefix, name, value)
             prefix.sum_up()
@@ -349,7 +370,7 @@ class BeamDecoder:
         separator = labels.index(SEPARATOR) if SEPARATOR in labels else BLANK
         self._settings = _Settings(labels, separator, beam, math.exp(-margin))
         self._floor = floor
-        self._language = Cached(language or Indifferent(len(labels)))
+        self._language = _Weighed(language or Indifferent(), {})
         self._languages = [self._language] * num_slots
         self._options = [Speech()] * num_slots
         self._rows = [_Search(self._settings, self._language) for _ in range(num_slots)]
@@ -365,7 +386,7 @@ class BeamDecoder:
         language = self._language
         if speech.hotwords:
             hotwords = Hotwords(self._settings.labels, speech.hotwords)
-            language = Cached(Both(self._language, hotwords), _HOT_STATES)
+            language = _Weighed(Both(self._language.language, hotwords), {})
         self._languages[slot], self._options[slot] = language, speech
         self.reset(slot)
 

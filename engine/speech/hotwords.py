@@ -11,9 +11,6 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
-import numpy as np
-from numpy.typing import NDArray
-
 from engine.errors import Refused
 from engine.messages import Hotword
 from engine.speech.ctc import SEPARATOR
@@ -69,9 +66,9 @@ class Hotwords:
             state = self._shorter[state]
         return self._children[state].get(label, _ROOT)
 
-    def scores(self, state: int) -> NDArray[np.float64]:
-        """Return what each next label adds, (labels,), natural log."""
-        return np.array([0.0, *(self._step(state, label) for label in range(1, len(self._labels)))])
+    def score(self, state: int, label: int) -> float:
+        after = self.advance(state, label)
+        return self._lent[after] + self._kept[after] - self._lent[state]
 
     def end(self, state: int, inside: bool) -> float:
         """Return what the end of the text adds: there, a phrase is complete or abandoned."""
@@ -79,10 +76,6 @@ class Hotwords:
             return -self._lent[state]
         after = self.advance(state, self._separator)
         return self._kept[after] - self._lent[state]
-
-    def _step(self, state: int, label: int) -> float:
-        after = self.advance(state, label)
-        return self._lent[after] + self._kept[after] - self._lent[state]
 
     def _spell(self, phrase: str) -> list[int]:
         """Return a phrase's labels, between separators if there are any."""

@@ -6,6 +6,8 @@ labels (letters, or whole words), n-grams of words that are spelt in letters, an
 Between words stands the label :data:`~engine.speech.ctc.SEPARATOR`, if there is one.
 """
 
+import math
+from bisect import bisect_left
 from collections.abc import Hashable, Sequence
 from itertools import islice
 from typing import Generic, NamedTuple, Protocol, TypeVar
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 
 from engine.errors import ModelFileError
 from engine.speech.ctc import SEPARATOR
-from engine.speech.ngram import SPACE, UNKNOWN, Ngrams, State
+from engine.speech.ngram import NOTHING, SPACE, UNKNOWN, Ngrams
 
 _MAX_SPELT = 8192  # beginnings of words; about 1 KB each
 
@@ -34,8 +36,8 @@ class Language(Protocol[S]):
     def advance(self, state: S, label: int) -> S:
         """Return the state after one more label, which is not the blank."""
 
-    def scores(self, state: S) -> NDArray[np.float64]:
-        """Return what each next label adds, (labels,)."""
+    def score(self, state: S, label: int) -> float:
+        """Return what a next label adds, which is not the blank."""
 
     def end(self, state: S, inside: bool) -> float:
         """Return what the end of the text adds; ``inside`` says whether a word is open."""
@@ -44,17 +46,14 @@ class Language(Protocol[S]):
 class Indifferent:
     """A language model to which all texts are alike."""
 
-    def __init__(self, num_labels: int) -> None:
-        self._scores = np.zeros(num_labels)
-
     def begin(self) -> None:
         return None
 
     def advance(self, state: None, label: int) -> None:
         return None
 
-    def scores(self, state: None) -> NDArray[np.float64]:
-        return self._scores
+    def score(self, state: None, label: int) -> float:
+        return 0.0
 
     def end(self, state: None, inside: bool) -> float:
         return 0.0
@@ -88,36 +87,32 @@ class LabelModel:
         self._words = [-1, *(ngrams.ids[word] for word in words)]
         self._separator = labels.index(SEPARATOR) if SEPARATOR in labels else None
 
-    def begin(self) -> State:
+    def begin(self) -> int:
         if self._separator is None:
             return self._ngrams.begin()
-        return self._ngrams.advance((), self._words[self._separator])
+        return self._ngrams.advance(NOTHING, self._words[self._separator])
 
-    def advance(self, state: State, label: int) -> State:
+    def advance(self, state: int, label: int) -> int:
         return self._ngrams.advance(state, self._words[label])
 
-    def scores(self, state: State) -> NDArray[np.float64]:
-        scores = self._ngrams.all_log_probs(state)[self._words] * self._alpha + self._beta
-        scores[0] = 0.0
-        return scores
+    def score(self, state: int, label: int) -> float:
+        return self._alpha * self._ngrams.log_prob(state, self._words[label]) + self._beta
 
-    def end(self, state: State, inside: bool) -> float:
+    def end(self, state: int, inside: bool) -> float:
         if self._separator is None or not inside:
             return 0.0
-        log_prob = self._ngrams.log_prob(state, self._words[self._separator])
-        return self._alpha * log_prob + self._beta
+        return self.score(state, self._separator)
 
 
 class _Spelt(NamedTuple):
     """The beginning of a word, and what may become of it."""
 
-    begin: int  # of the words that begin so, among all words sorted by spelling
+    begin: int  # of the words that begin so, among all, sorted by spelling
     end: int
     word: int  # of the model, if it is a whole one; -1 if not
     promise: float  # natural log of what it is worth before it is complete
-    letters: State  # of the model of letters
+    letters: int  # state of the model of letters
     letters_log_prob: float
-    scores: NDArray[np.float64]  # (labels,) what each next letter adds
 
 
 class WordModel:
@@ -133,7 +128,7 @@ class WordModel:
     ngrams : Ngrams
         Words that cannot be spelt with the labels, as they are or in lower case, are left out.
     labels : sequence of str
-        The first is the blank; at most 255.
+        The first is the blank; fewer than 255.
     alpha : float
         Weight of the log-probabilities.
     beta : float
@@ -159,41 +154,42 @@ class WordModel:
         letters: Ngrams | None = None,
     ) -> None:
         self._ngrams, self._alpha, self._beta = ngrams, alpha, beta
-        self._num_labels, self._separator = len(labels), labels.index(SEPARATOR)
-        self._unknown_word = ngrams.ids.get(UNKNOWN, -1)
-        self._unknown = unknown
+        self._separator = labels.index(SEPARATOR)
+        self._unknown, self._unknown_word = unknown, ngrams.ids.get(UNKNOWN, -1)
+        self._any_letter = -math.log(len(labels) - 1)
         self._letters = None if letters is None else LabelModel(letters, labels, 1.0, 0.0)
-        self._words, self._spelling, self._unigrams = self._spell_all(labels)
+        self._words, self._ids, self._unigrams = _spell(ngrams, labels)
         self._spelt: dict[bytes, _Spelt] = {}
 
-    def begin(self) -> tuple[State, bytes]:
+    def begin(self) -> tuple[int, bytes]:
         return self._ngrams.begin(), b""
 
-    def advance(self, state: tuple[State, bytes], label: int) -> tuple[State, bytes]:
+    def advance(self, state: tuple[int, bytes], label: int) -> tuple[int, bytes]:
         history, spelt = state
         if label != self._separator:
             return history, spelt + bytes([label])
         word = self._look(spelt).word
         if word < 0:
             word = self._unknown_word
-        return (self._ngrams.advance(history, word) if word >= 0 else ()), b""
+        return (self._ngrams.advance(history, word) if word >= 0 else NOTHING), b""
 
-    def scores(self, state: tuple[State, bytes]) -> NDArray[np.float64]:
+    def score(self, state: tuple[int, bytes], label: int) -> float:
         history, spelt = state
-        scores = self._look(spelt).scores.copy()
-        scores[self._separator] = self._word_end(history, self._look(spelt))
-        return scores
+        if label == self._separator:
+            return self._word_end(history, self._look(spelt))
+        after = self._look(spelt + bytes([label]))
+        return self._alpha * (after.promise - self._look(spelt).promise)
 
-    def end(self, state: tuple[State, bytes], inside: bool) -> float:
+    def end(self, state: tuple[int, bytes], inside: bool) -> float:
         history, spelt = state
         return self._word_end(history, self._look(spelt)) if inside else 0.0
 
-    def _word_end(self, history: State, spelt: _Spelt) -> float:
+    def _word_end(self, history: int, spelt: _Spelt) -> float:
         if spelt.word >= 0:
             log_prob = self._ngrams.log_prob(history, spelt.word)
         else:
             log_prob = self._unknown + spelt.letters_log_prob
-            log_prob += self._next_letter(spelt.letters)[self._separator]
+            log_prob += self._next_letter(spelt.letters, self._separator)
             if self._unknown_word >= 0:
                 log_prob += self._ngrams.log_prob(history, self._unknown_word)
         return self._alpha * (log_prob - spelt.promise) + self._beta
@@ -207,70 +203,49 @@ class WordModel:
 
     def _look_up(self, text: bytes) -> _Spelt:
         if not text:
-            return self._make(0, len(self._words), 0, self._begin_letters, 0.0)
+            letters = NOTHING if self._letters is None else self._letters.begin()
+            return _Spelt(0, len(self._words), -1, 0.0, letters, 0.0)
         before, letter = self._look(text[:-1]), text[-1]
-        begin = end = before.begin
-        if before.begin < before.end:
-            column = self._spelling[len(text) - 1, before.begin : before.end]
-            begin += int(np.searchsorted(column, letter))
-            end += int(np.searchsorted(column, letter, "right"))
+        log_prob = before.letters_log_prob + self._next_letter(before.letters, letter)
         letters = before.letters
         if self._letters is not None:
             letters = self._letters.advance(letters, letter)
-        log_prob = before.letters_log_prob + float(self._next_letter(before.letters)[letter])
-        return self._make(begin, end, len(text), letters, log_prob)
+        begin = bisect_left(self._words, text, before.begin, before.end)
+        end = bisect_left(self._words, text + b"\xff", begin, before.end)
+        if begin == end:
+            promise = self._unknown + log_prob
+            if self._unknown_word >= 0:
+                promise += self._ngrams.log_prob(NOTHING, self._unknown_word)
+            return _Spelt(begin, end, -1, promise, letters, log_prob)
+        word = self._ids[begin] if self._words[begin] == text else -1
+        promise = float(self._unigrams[begin:end].max())
+        return _Spelt(begin, end, word, promise, letters, log_prob)
 
-    def _make(
-        self, begin: int, end: int, depth: int, letters: State, letters_log_prob: float
-    ) -> _Spelt:
-        unknown = self._unknown + letters_log_prob
-        if self._unknown_word >= 0:
-            unknown += float(self._ngrams.log_probs[self._unknown_word])
-        promises, word, promise = unknown + self._next_letter(letters), -1, unknown
-        if begin < end:
-            unigrams, next_letters = self._unigrams[begin:end], self._spelling[depth, begin:end]
-            begins = np.flatnonzero(np.diff(next_letters, prepend=-1))
-            promises[next_letters[begins]] = np.maximum.reduceat(unigrams, begins)
-            promise = float(unigrams.max()) if depth else 0.0
-            word = int(self._words[begin]) if next_letters[0] == 0 else -1
-        scores = self._alpha * (promises - promise)
-        scores[0] = 0.0
-        return _Spelt(begin, end, word, promise, letters, letters_log_prob, scores)
+    def _next_letter(self, letters: int, letter: int) -> float:
+        return self._any_letter if self._letters is None else self._letters.score(letters, letter)
 
-    @property
-    def _begin_letters(self) -> State:
-        return () if self._letters is None else self._letters.begin()
 
-    def _next_letter(self, letters: State) -> NDArray[np.float64]:
-        if self._letters is None:
-            return np.full(self._num_labels, -np.log(self._num_labels - 1))
-        return self._letters.scores(letters)
+def _spell(
+    ngrams: Ngrams, labels: Sequence[str]
+) -> tuple[list[bytes], list[int], NDArray[np.float64]]:
+    """Return the words that labels spell, in their order: the labels, the number, the unigram.
 
-    def _spell_all(
-        self, labels: Sequence[str]
-    ) -> tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.float64]]:
-        """Return the words sorted by spelling: number, letters (depth, words), unigram.
-
-        Below a word's last letter stands the blank. Of words that are spelt alike, the most
-        probable is kept.
-        """
-        numbers = {label: number for number, label in enumerate(labels) if number}
-        best: dict[bytes, tuple[float, int]] = {}
-        for word, text in enumerate(self._ngrams.vocabulary):
-            if not all(letter in numbers for letter in text):
-                text = text.lower()
-            if all(letter in numbers for letter in text):
-                spelt = bytes(numbers[letter] for letter in text)
-                found = float(self._ngrams.log_probs[word]), word
-                best[spelt] = max(best.get(spelt, found), found)
-        if not best:
-            raise ModelFileError("language model: expected words spelt with the labels, found none")
-        words = sorted(best)
-        spelling = np.zeros((max(map(len, words)) + 1, len(words)), np.uint8)
-        for column, spelt in enumerate(words):
-            spelling[: len(spelt), column] = list(spelt)
-        log_probs, ids = zip(*(best[spelt] for spelt in words), strict=True)
-        return np.array(ids), spelling, np.array(log_probs)
+    Of words that are spelt alike, the most probable is kept.
+    """
+    numbers = {label: number for number, label in enumerate(labels) if number}
+    best: dict[bytes, tuple[float, int]] = {}
+    for word, text in enumerate(ngrams.vocabulary):
+        if not all(letter in numbers for letter in text):
+            text = text.lower()
+        if all(letter in numbers for letter in text):
+            spelt = bytes(numbers[letter] for letter in text)
+            found = ngrams.log_prob(NOTHING, word), word
+            best[spelt] = max(best.get(spelt, found), found)
+    if not best:
+        raise ModelFileError("language model: expected words spelt with the labels, found none")
+    words = sorted(best)
+    log_probs, ids = zip(*(best[spelt] for spelt in words), strict=True)
+    return words, list(ids), np.array(log_probs)
 
 
 class Both(Generic[S, T]):
@@ -285,42 +260,11 @@ class Both(Generic[S, T]):
     def advance(self, state: tuple[S, T], label: int) -> tuple[S, T]:
         return self._first.advance(state[0], label), self._second.advance(state[1], label)
 
-    def scores(self, state: tuple[S, T]) -> NDArray[np.float64]:
-        return self._first.scores(state[0]) + self._second.scores(state[1])
+    def score(self, state: tuple[S, T], label: int) -> float:
+        return self._first.score(state[0], label) + self._second.score(state[1], label)
 
     def end(self, state: tuple[S, T], inside: bool) -> float:
         return self._first.end(state[0], inside) + self._second.end(state[1], inside)
-
-
-class Cached(Generic[S]):
-    """A language model that remembers what it said of the states met last.
-
-    Parameters
-    ----------
-    language : Language
-    max_states : int
-        A state takes about 1 KB.
-    """
-
-    def __init__(self, language: Language[S], max_states: int = 8192) -> None:
-        self.begin, self.advance, self.end = language.begin, language.advance, language.end
-        self._language, self._max_states = language, max_states
-        self._known: dict[S, tuple[NDArray[np.float64], list[float]]] = {}
-
-    def scores(self, state: S) -> NDArray[np.float64]:
-        return self._look(state)[0]
-
-    def factors(self, state: S) -> list[float]:
-        """Return what each next label multiplies a probability by: exp of its score."""
-        return self._look(state)[1]
-
-    def _look(self, state: S) -> tuple[NDArray[np.float64], list[float]]:
-        known = self._known.get(state)
-        if known is None:
-            make_room(self._known, self._max_states)
-            scores = self._language.scores(state)
-            known = self._known[state] = scores, np.exp(scores).tolist()
-        return known
 
 
 def make_room(cache: dict[K, V], max_size: int) -> None:

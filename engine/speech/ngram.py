@@ -12,7 +12,7 @@ import math
 import zipfile
 import zlib
 from array import array
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -24,7 +24,6 @@ from engine.errors import ModelFileError
 
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
 SPACE = "|"  # the space in a model of letters: ARPA's own separator is white space
-_MAX_KNOWN = 2**14  # contexts; with the letters of English, each takes 0.4 KB
 _FORMAT = 1
 _FIELDS = {
     *("format", "vocabulary", "sizes", "words", "continuations"),
@@ -33,7 +32,8 @@ _FIELDS = {
 _LN10 = math.log(10.0)
 _NEVER = -99.0  # log10, what ARPA files say of what cannot be, like <s> as a next word
 
-State = tuple[int, ...]  # contexts in force, as n-grams, the longest first
+NOTHING = -1  # the context of no words
+_UNSEEN = -2
 
 
 class Order(NamedTuple):
@@ -80,62 +80,63 @@ class Ngrams:
         # A memoryview gives a Python number in a quarter of the time that an array takes.
         self._words, self._first = memoryview(words.data), memoryview(first.data)
         self._log_probs, self._backoffs = memoryview(log_probs.data), memoryview(backoffs.data)
-        self._unigrams = log_probs[: len(self.vocabulary)].astype(np.float64)
-        self._known: dict[State, NDArray[np.float64]] = {}
+        self._shorter_of = array("i", [_UNSEEN]) * len(words)  # found as they are met
 
     @property
     def order(self) -> int:
         return len(self.sizes)
 
-    def begin(self) -> State:
+    def begin(self) -> int:
         """Return the context of a text's beginning: after ``<s>``, if the model knows it."""
-        return self.advance((), self.ids[BEGIN]) if BEGIN in self.ids else ()
+        return self.advance(NOTHING, self.ids[BEGIN]) if BEGIN in self.ids else NOTHING
 
-    def advance(self, state: State, word: int) -> State:
-        """Return the contexts in force after a word, without those that cannot matter."""
-        words, first, backoffs = self._words, self._first, self._backoffs
-        after = []
-        for node in state:
-            end = first[node + 1]
-            place = bisect_left(words, word, first[node], end)
-            if place < end and words[place] == word:
-                after.append(place)
-        after.append(word)
-        return tuple([node for node in after if first[node] < first[node + 1] or backoffs[node]])
+    def advance(self, state: int, word: int) -> int:
+        """Return the longest context after a word that changes any probability.
 
-    def log_prob(self, state: State, word: int) -> float:
+        Parameters
+        ----------
+        state : int
+            The n-gram that came before, or :data:`NOTHING`.
+        word : int
+        """
+        while state != NOTHING:
+            child = self._child(state, word)
+            if child >= 0 and self._matters(child):
+                return child
+            state = self._shorter(state)
+        return word if self._matters(word) else NOTHING
+
+    def log_prob(self, state: int, word: int) -> float:
         """Return the natural log of a word's probability after a context."""
         weight = 0.0
-        for node in state:
-            child = self._child(node, word)
+        while state != NOTHING:
+            child = self._child(state, word)
             if child >= 0:
                 return weight + self._log_probs[child]
-            weight += self._backoffs[node]
+            weight += self._backoffs[state]
+            state = self._shorter(state)
         return weight + self._log_probs[word]
-
-    def all_log_probs(self, state: State) -> NDArray[np.float64]:
-        """Return the natural log of every word's probability after a context, (words,).
-
-        Not to be changed. Those of the contexts asked for last are kept.
-        """
-        if not state:
-            return self._unigrams
-        scores = self._known.get(state)
-        if scores is None:
-            node = state[0]
-            scores = self.all_log_probs(state[1:]) + self._backoffs[node]
-            begin, end = self._first[node], self._first[node + 1]
-            scores[self.words[begin:end]] = self.log_probs[begin:end]
-            if len(self._known) >= _MAX_KNOWN:
-                self._known.clear()
-            self._known[state] = scores
-        return scores
 
     def _child(self, node: int, word: int) -> int:
         """Return the n-gram that continues another by a word, or -1."""
-        end = self._first[node + 1]
-        place = bisect_left(self._words, word, self._first[node], end)
-        return place if place < end and self._words[place] == word else -1
+        words, end = self._words, self._first[node + 1]
+        place = bisect_left(words, word, self._first[node], end)
+        return place if place < end and words[place] == word else -1
+
+    def _matters(self, node: int) -> bool:
+        first = self._first
+        return first[node] < first[node + 1] or self._backoffs[node] != 0.0
+
+    def _shorter(self, node: int) -> int:
+        """Return the longest context that an n-gram ends with, itself left out."""
+        shorter = self._shorter_of[node]
+        if shorter == _UNSEEN:
+            shorter = NOTHING
+            if node >= len(self.vocabulary):
+                continued = bisect_right(self._first, node) - 1
+                shorter = self.advance(self._shorter(continued), self._words[node])
+            self._shorter_of[node] = shorter
+        return shorter
 
 
 def build(vocabulary: Sequence[str], orders: Sequence[Order]) -> Ngrams:
@@ -165,6 +166,7 @@ def build(vocabulary: Sequence[str], orders: Sequence[Order]) -> Ngrams:
             raise ModelFileError(f"expected each n-gram once, found {found} again")
         keys.append(key)
         arranged.append(Order(order.words[by_key], order.log_probs[by_key], order.backoffs[by_key]))
+    arranged[-1].backoffs[:] = 0.0  # the longest n-grams are no context
     sizes = [len(key) for key in keys]
     first = np.full(sum(sizes) + 1, sum(sizes), np.int32)
     begin, end = 0, 0
