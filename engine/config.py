@@ -23,6 +23,7 @@ class Limits(_Section, frozen=True):
 
     max_peers: Count = 4096
     max_streams: Count = 4096  # of each model
+    max_state_mb: Count = 4096  # of memory for the state of each model's streams
     max_streams_per_peer: Count = 4096
     max_message_bytes: Count = 1_048_576
     max_messages: Count = 512  # in one body

@@ -84,6 +84,7 @@ class DeviceRuntime:
         self.initial = initial_row(model.spec.states)
         self._device, self._graphs = device, graphs
         self._stage, self._rate_hz = model.spec.stages[0], model.spec.input.rate_hz
+        self.num_slots = num_slots
         self._scratch = num_slots  # the row that padding reads and writes
         options = dict(_CUDA_OPTIONS) if device == "cuda" else {}
         if graphs:

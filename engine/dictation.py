@@ -305,7 +305,8 @@ def _start(
         return Unheard(path, str(error))
     stem = re.sub(r"[^A-Za-z0-9_.:-]", "-", path.stem).lstrip("_.:-")[:40] or "sound"
     try:
-        stream = client.open(f"{stem}-{name}", plan.model, sound.rate_hz, UNIT, speech=plan.speech)
+        model = served(client, plan.model)
+        stream = client.open(f"{stem}-{name}", model, sound.rate_hz, UNIT, speech=plan.speech)
     except Refused as refused:
         sound.close()
         if refused.code == "full" and may_wait:
@@ -369,6 +370,12 @@ def recogniser(
             raise MurmurError(f"{error}; it ended with code {code}: {_last_line(log)}") from None
         finally:
             server.stop()
+
+
+def served(client: Client, model: str) -> str:
+    """Return the name under which a model, perhaps given by its file, is served."""
+    names = client.welcome.models if client.welcome else []
+    return names[0] if len(names) == 1 and Path(model).suffix in (".onnx", ".toml") else model
 
 
 def _last_line(log: IO[bytes]) -> str:

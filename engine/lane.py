@@ -9,10 +9,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.errors import Refused
 from engine.messages import Flushed, Gap, Message
 from engine.model_file import ModelSpec
 from engine.runtime import Runtime
-from engine.session import End, Lost, Samples, Session, Tail
+from engine.session import End, Item, Lost, Samples, Session, Tail
 from engine.signal import Front
 from engine.slots import Slots
 from engine.wing import Rows, Wing
@@ -45,6 +46,7 @@ class Lane:
     ) -> None:
         self.spec, self.runtime, self.wing = spec, runtime, wing
         self.hop = spec.hop_samples
+        num_slots = min(num_slots, runtime.num_slots)
         self.slots = Slots(num_slots)
         self.front = Front(spec, num_slots)
         self.sessions: dict[int, Session] = {}
@@ -64,8 +66,19 @@ class Lane:
         self._end = np.full(num_slots, _NEVER)  # where a flush's padding begins
 
     def open(self, session: Session) -> int:
-        """Give a stream a row like new; the caller has checked that one is free."""
+        """Give a stream a row like new; the caller has checked that one is free.
+
+        Raises
+        ------
+        Refused
+            If the wing cannot do what the stream asks for; no row is taken.
+        """
         slot = self.slots.acquire()
+        try:
+            self.wing.open(slot, session, session.opened)
+        except Refused:
+            self.slots.release(slot)
+            raise
         self.sessions[slot] = session
         self._position[slot] = 0
         self._clear(slot)
@@ -98,7 +111,7 @@ class Lane:
                     break
                 if item.ack is not None:
                     self._mark_ack(slot, session, item.ack)
-            elif self._fill[slot] >= self.hop:
+            elif self._fill[slot] >= self.hop or self._waits(slot, item):
                 break
             elif isinstance(item, Lost):
                 told += self._skip(slot, session, item)
@@ -128,7 +141,8 @@ class Lane:
         windows = self.front.push(slots, self._take(slots, hops))
         outputs = self.runtime.step(slots, windows)
         sessions = [self.sessions[slot] for slot in slots.tolist()]
-        rows = Rows(slots, hops, start, self._begin[slots], self._end[slots], sessions)
+        samples = windows[:, -hops * self.hop :]
+        rows = Rows(slots, hops, start, self._begin[slots], self._end[slots], sessions, samples)
         told = [Told(sessions[row], message) for row, message in self.wing.push(rows, outputs)]
         due = (self._mark[slots] <= self._position[slots]) | self._held[slots]
         for slot in slots[due].tolist():
@@ -139,6 +153,16 @@ class Lane:
             told += [Told(session, message) for message in messages]
         return told
 
+    def collect(self) -> list[Told]:
+        """Return results that took longer than their step, and what waited for them."""
+        told: list[Told] = []
+        for slot, message in self.wing.collect():
+            session = self.sessions[slot]
+            told.append(Told(session, message))
+            if self._held[slot] and not self.wing.pending(slot):
+                told += [Told(session, each) for each in self.feed(slot)]
+        return told
+
     def remaining(self, slots: NDArray[np.intp]) -> NDArray[np.int64]:
         """Return how many whole hops each row has."""
         left: NDArray[np.int64] = self._fill[slots] // self.hop
@@ -147,7 +171,13 @@ class Lane:
     def ending(self, slots: NDArray[np.intp]) -> list[int]:
         """Return the rows that have nothing left to step and whose session's end is next."""
         idle = slots[self._held[slots] & (self._fill[slots] < self.hop)]
-        return [slot for slot in idle.tolist() if isinstance(self.sessions[slot].inbox[0], End)]
+        return [slot for slot in idle.tolist() if self.over(slot)]
+
+    def over(self, slot: int) -> bool:
+        """Return whether a row has nothing left to step, tell or wait for but its stream's end."""
+        inbox = self.sessions[slot].inbox
+        ends = bool(inbox) and isinstance(inbox[0], End) and not self.hops(slot)
+        return ends and not self.wing.pending(slot)
 
     def _append(self, slot: int, values: NDArray[np.float32]) -> None:
         """Queue samples, for which there is room, at the end of a row."""
@@ -208,6 +238,11 @@ class Lane:
         padding = np.empty((wanted, self._queue.shape[2]), np.float32)
         padding[:] = last
         self._append(slot, padding)
+
+    def _waits(self, slot: int, item: Item) -> bool:
+        """Return whether a flush or an end must wait for results that are still to come."""
+        through = isinstance(item, End) or (isinstance(item, Tail) and self._end[slot] != _NEVER)
+        return through and self.wing.pending(slot)
 
     def _finish(self, slot: int, session: Session, tail: Tail) -> list[Message]:
         """Answer a flush whose padding is through, and begin anew."""

@@ -22,19 +22,23 @@ from engine.heart.wing import HeartWing
 from engine.lane import Lane
 from engine.messages import Message
 from engine.metrics import Metrics
-from engine.model_file import Model, ModelSpec
+from engine.model_file import Model
 from engine.runtime import Runtime
 from engine.scheduler import Batch, Scheduler, Terms
-from engine.session import End, Session
+from engine.session import Session
+from engine.speech.wing import SpeechWing
 from engine.wing import AudioWing, ScoresWing, Wing
 
 log = logging.getLogger(__name__)
 
 SERVER = "murmur 0.1"
-WINGS: dict[str, Callable[[ModelSpec, int], Wing]] = {
-    "heart": HeartWing,
-    "scores": ScoresWing,
-    "audio": AudioWing,
+Waker = Callable[[], None]
+# From a model, its rows, and what to call from another thread when there are results to collect.
+WINGS: dict[str, Callable[[Model, int, Waker], Wing]] = {
+    "heart": lambda model, rows, _: HeartWing(model.spec, rows),
+    "speech": SpeechWing,
+    "scores": lambda model, rows, _: ScoresWing(model.spec, rows),
+    "audio": lambda model, rows, _: AudioWing(model.spec, rows),
 }
 # Codes after which a stream cannot go on: its signal is not what was announced.
 _FATAL = frozenset({"bad_length", "not_finite"})
@@ -48,6 +52,8 @@ _PUBLISHED = (
     messages.Alert,
     messages.Scores,
     messages.Samples,
+    messages.Partial,
+    messages.Final,
     messages.Gap,
 )
 
@@ -89,6 +95,8 @@ class Engine:
     metrics : Metrics
     clock : callable
         Seconds of a monotonic clock, for the time that steps take.
+    wake : callable
+        Called from another thread when the engine should have a turn.
 
     Attributes
     ----------
@@ -104,6 +112,7 @@ class Engine:
         limits: Limits,
         metrics: Metrics,
         clock: Callable[[], float] = time.perf_counter,
+        wake: Waker = lambda: None,
     ) -> None:
         self.limits, self.metrics, self._clock = limits, metrics, clock
         self.published: list[tuple[bytes, bytes]] = []
@@ -115,12 +124,13 @@ class Engine:
         terms: dict[str, Terms] = {}
         for model, runtime in served:
             spec = model.spec
-            wing = WINGS[spec.pipeline](spec, limits.max_streams)
+            rows = runtime.num_slots
+            wing = WINGS[spec.pipeline](model, rows, wake)
             self._models[spec.name] = model
-            self._lanes[spec.name] = Lane(spec, runtime, wing, limits.max_streams, limits.credit_s)
+            self._lanes[spec.name] = Lane(spec, runtime, wing, rows, limits.credit_s)
             metrics.runs.append(runtime.runs)
             terms[spec.name] = Terms(
-                limits.max_streams,
+                rows,
                 runtime.max_rows,
                 spec.hop_samples / spec.input.rate_hz,
                 spec.priority,
@@ -264,7 +274,10 @@ class Engine:
 
     def _admit(self, lane: Lane) -> None:
         if lane.slots.full:
-            raise Refused("full", f"limits.max_streams is {self.limits.max_streams}")
+            rows, limits = lane.runtime.num_slots, self.limits
+            if rows < limits.max_streams:
+                raise Refused("full", f"limits.max_state_mb suffices for {rows} streams")
+            raise Refused("full", f"limits.max_streams is {limits.max_streams}")
         load = self._load + self._share(lane)
         if load > self.limits.max_load:
             raise Refused(
@@ -277,7 +290,7 @@ class Engine:
         """Return the part of the measured capacity that a stream of this model needs."""
         rows = lane.runtime.max_rows
         hops_per_s = lane.spec.input.rate_hz / lane.hop
-        return hops_per_s * lane.runtime.step_seconds(rows) / rows
+        return hops_per_s * lane.runtime.step_seconds(rows) / rows + lane.wing.share
 
     def _own(self, peer_id: bytes, name: str) -> Stream:
         stream = self._streams.get(name)
@@ -310,13 +323,14 @@ class Engine:
         hops = lane.hops(stream.slot)
         if hops:
             self._scheduler.arrived(stream.lane, stream.slot, hops, now + stream.budget_s, now)
-        elif stream.session.inbox and isinstance(stream.session.inbox[0], End):
+        elif lane.over(stream.slot):
             self._end(stream, "closed")
 
     # --- one turn --------------------------------------------------------------------------
 
     def turn(self, now: float) -> Pause:
         """Run the batch that is due, if any, and say when to call again."""
+        self._collect(now)
         decision = self._scheduler.next(now)
         if isinstance(decision, Batch):
             self._step(decision, now)
@@ -347,6 +361,14 @@ class Engine:
         self.metrics.missed_deadlines += int(np.sum(now + seconds > deadlines))
         self.metrics.batch_rows.add(len(batch.slots))
         self.metrics.step_seconds.add(seconds)
+
+    def _collect(self, now: float) -> None:
+        """Route results that took longer than their step."""
+        for lane in self._lanes.values():
+            for session, message in lane.collect():
+                stream = self._streams[session.name]
+                self._route(stream, message)
+                self._advance(stream, lane, now)
 
     def tick(self, now: float) -> None:
         """Give up peers and streams that have said nothing for too long. Call it once a second."""

@@ -23,7 +23,7 @@ from rich.live import Live
 from rich.text import Text
 
 from engine.client import Client, Stream
-from engine.dictation import UNIT, recogniser
+from engine.dictation import UNIT, recogniser, served
 from engine.errors import Disconnected, MurmurError, Refused
 from engine.messages import Error, Final, Gap, Message, Partial, Speech
 from engine.scoring import quantiles
@@ -418,7 +418,7 @@ def run(
     microphone = Microphone(device)  # first: a server takes seconds to start
     with recogniser(model, address) as (found, _), Client(found, timeout_s) as client:
         name = stream or f"mic-{uuid.uuid4().hex[:6]}"
-        opened = client.open(name, model, microphone.rate_hz, UNIT, speech=speech)
+        opened = client.open(name, served(client, model), microphone.rate_hz, UNIT, speech=speech)
         session = Session(microphone, client, opened, display)
         fault: str | None = None
         with _interrupts() as interrupted, microphone, display:

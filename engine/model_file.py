@@ -86,6 +86,26 @@ class Output(_Statement, frozen=True):
     labels: tuple[str, ...] = ()  # of the last axis; of ctc, the blank "" comes first
 
 
+class Gate(_Statement, frozen=True):
+    """A detector of voice in front of a model of speech, which rests where nobody speaks."""
+
+    model: str = "silero-vad"  # a model file of one probability a hop
+    threshold: Annotated[float, Meta(ge=0, le=1)] = 0.5  # from here on it is voice
+    release: Annotated[float, Meta(ge=0, le=1)] = 0.35  # and stays so down to here
+    hold_s: Positive = 2.0  # without voice for so long, and the model begins anew with the next
+
+
+class Decoding(_Statement, frozen=True):
+    """How letters or words are read off the scores of a model of speech."""
+
+    beam: Annotated[int, Meta(ge=0, le=256)] = 0  # prefixes that are kept; 0: the best label
+    language_model: str = ""  # file beside the statement; needs a beam
+    language_weight: float = 0.5  # of its log-probability beside the model's
+    letter_bonus: float = 0.8  # natural log, added for each letter
+    min_confidence: Annotated[float, Meta(ge=0, le=1)] = 0.0  # a word below it was not said
+    second_pass: str = ""  # folder beside the statement; empty: finals are what partials end as
+
+
 class ModelSpec(_Statement, frozen=True):
     """All that the engine must know about a model."""
 
@@ -103,6 +123,8 @@ class ModelSpec(_Statement, frozen=True):
     gap: Literal["hold", "reset"] = "reset"  # the state after lost samples
     latency_ms: Positive = 100.0  # default budget from a chunk's arrival to its events
     priority: Annotated[int, Meta(ge=0, le=9)] = 5  # under overload, lower goes first
+    gate: Gate | None = None  # of the pipeline speech
+    decoding: Decoding = Decoding()  # of the pipeline speech
 
     @property
     def states(self) -> tuple[State, ...]:
@@ -122,6 +144,8 @@ class Model(NamedTuple):
     graphs: tuple[bytes, ...]  # the ONNX of each stage
     sha256: str  # of the file, and for a foreign model of its ONNX files too
     batchable: bool  # False: some graph fixes the batch axis at 1
+    folder: Path = BUNDLED  # of the statement, beside which its other files lie
+    gate: "Model | None" = None
 
 
 def encode_spec(spec: ModelSpec) -> str:
@@ -151,13 +175,32 @@ def load(path: Path | str, provider: str = "cpu") -> Model:
     """
     path = find(path)
     try:
-        return (
-            _load_statement(path, provider)
-            if path.suffix == ".toml"
-            else _load_onnx(path, provider)
-        )
+        read = _load_statement if path.suffix == ".toml" else _load_onnx
+        model = read(path, provider)._replace(folder=path.parent)
+        if model.spec.gate is None:
+            return model
+        return model._replace(gate=_load_gate(model.spec, model.spec.gate, path.parent, provider))
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from None
+
+
+def _load_gate(spec: ModelSpec, gate: Gate, folder: Path, provider: str) -> Model:
+    beside = folder / gate.model
+    model = load(beside if beside.is_file() else gate.model, provider)
+    detector = model.spec
+    if detector.input != spec.input or spec.hop_samples % detector.hop_samples:
+        raise ModelFileError(
+            f"gate.model: expected the model's input and a hop that divides {spec.hop_samples}, "
+            f"found {detector.input} and {detector.hop_samples}"
+        )
+    overlap = detector.window_samples - detector.hop_samples
+    most = spec.window_samples - spec.hop_samples
+    if detector.gate is not None or overlap > most:
+        raise ModelFileError(
+            f"gate.model: expected no gate, and windows that overlap by at most {most} samples, "
+            f"found {overlap}"
+        )
+    return model
 
 
 def find(name: Path | str) -> Path:

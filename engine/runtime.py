@@ -30,13 +30,17 @@ Outputs = dict[str, NDArray[np.float32]]
 # Rows of one ONNX Runtime call on CPU. Gains saturate at 16-32 rows and larger calls lose it
 # again as the activations leave the L2 cache (benchmarks/results, `murmur bench step`).
 MICRO_BATCH = 32
+# And with a row of state as large as this, in values, nothing is gained by more rows than a few:
+# what a stream carries leaves the caches as it is (docs/decisions.md).
+_LARGE_STATE = 2**18
+_FEW = 4
 # Hops of one call, where several give the bits of one call each: enough for a chunk of a second,
 # few enough that a batch does not keep the loop from its sockets for long.
 _MAX_HOPS = 6
 _WARM_UP_RUNS = 3
 # Rows on which batches are compared. A sum whose order depends on the batch rounds otherwise in
 # one row of ten or twelve only (ReduceMean over five frames), so a few rows would not show it.
-_COMPARED_ROWS = 3 * MICRO_BATCH
+_COMPARED_ROWS = 3  # times the micro-batch
 
 
 class Runtime(Protocol):
@@ -44,6 +48,8 @@ class Runtime(Protocol):
 
     Attributes
     ----------
+    num_slots : int
+        Rows of state that there are.
     max_rows : int
         Rows that one step takes at the most.
     max_hops : int
@@ -52,6 +58,7 @@ class Runtime(Protocol):
         How many calls of the model were made, by their rows and hops.
     """
 
+    num_slots: int
     max_rows: int
     max_hops: int
     runs: Counter[tuple[int, int]]
@@ -87,6 +94,8 @@ class CpuRuntime:
             self._try(2)
         self.runs: Counter[tuple[int, int]] = Counter()
         self.initial = initial_row(model.spec.states)
+        self.num_slots = num_slots
+        self.micro_batch = _FEW if model.spec.state_size >= _LARGE_STATE else MICRO_BATCH
         self.arena = np.empty((num_slots, len(self.initial)), np.float32)
         # Threads inherit the flush-to-zero flag that the first session set in this one.
         self._threads = threads
@@ -95,8 +104,8 @@ class CpuRuntime:
         self._pad_to = 1
         if model.batchable:
             self._keep_rows_apart()
-        self.micro_batch = 1 if self.single else MICRO_BATCH
-        self.max_rows = MICRO_BATCH * threads
+        self.max_rows = self.micro_batch * threads
+        self.micro_batch = 1 if self.single else self.micro_batch
         self.max_hops = 1 if self.single else self._hops_of_a_step()
         seconds = self._warm_up()
         self._seconds = [
@@ -256,7 +265,7 @@ class CpuRuntime:
         differently (vanilla RNN); such rows are padded to two. Graphs with a scale over the
         batch, as dynamic quantisation makes them, are stepped row by row.
         """
-        if not self._same_in_any_batch((2, 3, MICRO_BATCH)):
+        if not self._same_in_any_batch((2, 3, self.micro_batch)):
             self.single = True
             log.warning("%s: rows change each other; stepped one by one", self.model.spec.name)
         elif not self._same_in_any_batch((1, 2)):
@@ -264,7 +273,7 @@ class CpuRuntime:
 
     def _same_in_any_batch(self, sizes: tuple[int, ...]) -> bool:
         rng = np.random.default_rng(1)
-        rows, windows = random_rows(self.model, _COMPARED_ROWS, rng)
+        rows, windows = random_rows(self.model, _COMPARED_ROWS * self.micro_batch, rng)
         windows[::3] *= 30.0  # loud neighbours, to some
         first, *others = (self._in_groups(size, rows, windows) for size in sizes)
         return all(

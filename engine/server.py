@@ -17,6 +17,7 @@ import zmq
 
 from engine import metrics, model_file
 from engine.config import Config
+from engine.gate import GatedRuntime
 from engine.loop import Engine
 from engine.model_file import Model
 from engine.runtime import CpuRuntime, Runtime
@@ -63,7 +64,9 @@ class Server:
             for model in (model_file.load(name, config.provider) for name in config.models)
         ]
         self.metrics = metrics.Metrics()
-        self.engine = Engine(served, config.limits, self.metrics)
+        self._waker, self._woken = socket.socketpair()
+        self._waker.setblocking(False)
+        self.engine = Engine(served, config.limits, self.metrics, wake=self._wake)
         self.model_names = [model.spec.name for model, _ in served]
         self._stopping = False
         self._context = zmq.Context()
@@ -93,22 +96,23 @@ class Server:
 
     def run(self) -> None:
         """Serve until :meth:`stop`, SIGTERM or SIGINT."""
-        waker, woken = socket.socketpair()
-        waker.setblocking(False)
-        signal.set_wakeup_fd(waker.fileno())  # ends a poll at once when a signal comes
+        signal.set_wakeup_fd(self._waker.fileno())  # ends a poll at once when a signal comes
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.stop())
         arrivals, signals = zmq.Poller(), zmq.Poller()
         arrivals.register(self._clients, zmq.POLLIN)
         for poller in (arrivals, signals):
-            poller.register(woken, zmq.POLLIN)
+            poller.register(self._woken, zmq.POLLIN)
         try:
             self._loop(arrivals, signals)
         finally:
             signal.set_wakeup_fd(-1)
-            waker.close()
-            woken.close()
             self._close()
+
+    def _wake(self) -> None:
+        """End the poll, from any thread."""
+        with contextlib.suppress(BlockingIOError, OSError):  # full, or the server is gone
+            self._waker.send(b"\0")
 
     def _loop(self, arrivals: zmq.Poller, signals: zmq.Poller) -> None:
         gc.freeze()  # what was made so far stays; no collection need look at it again
@@ -134,8 +138,14 @@ class Server:
             left_s = min(next_tick, pause.until) - time.monotonic()
             if left_s > 0 and not self._stopping:
                 (signals if pause.deaf else arrivals).poll(math.ceil(left_s * 1000))
+                self._hush()
                 if not pause.deaf:
                     arrival = time.monotonic()
+
+    def _hush(self) -> None:
+        """Take note of having been woken."""
+        with contextlib.suppress(BlockingIOError):
+            self._woken.recv(4096, socket.MSG_DONTWAIT)
 
     def _receive(self, arrival: float) -> None:
         """Hand what has come to the engine."""
@@ -177,16 +187,25 @@ class Server:
     def _close(self) -> None:
         self._clients.close()
         self._subscribers.close()
+        self._waker.close()
+        self._woken.close()
         self._context.term()
 
 
 def runtime(model: Model, config: Config) -> Runtime:
-    """Return the runtime of the configured provider for a model."""
+    """Return the runtime of the configured provider for a model, behind its gate if it has one."""
+    if model.gate is not None:
+        bare = model._replace(gate=None)
+        detector = runtime(model.gate, config)
+        return GatedRuntime(model.spec, runtime(bare, config), detector, model.gate.spec)
+    limits = config.limits
+    row_bytes = max(1, 4 * model.spec.state_size)
+    num_slots = max(1, min(limits.max_streams, limits.max_state_mb * 2**20 // row_bytes))
     if config.provider == "cuda":
         from engine.device import DeviceRuntime  # needs the extra 'gpu'
 
-        return DeviceRuntime(model, config.limits.max_streams, device="cuda")
-    return CpuRuntime(model, config.limits.max_streams, config.num_threads)
+        return DeviceRuntime(model, num_slots, device="cuda")
+    return CpuRuntime(model, num_slots, config.num_threads)
 
 
 def _option(one: zmq.Socket[bytes], option: int) -> int:

@@ -90,7 +90,7 @@ class Session:
         self.end_index = opened.index
         self.ending = False
         self.chunks = self.samples = self.duplicates = self.gaps = self.lost_samples = 0
-        self._opened, self._signal = opened, signal
+        self.opened, self._signal = opened, signal
         self._dtype = _DTYPES[opened.dtype]
         self._scale, self._offset = _calibration(opened, signal)
         self._ratio = _ratio(opened, signal)
@@ -158,7 +158,7 @@ class Session:
 
     def _read(self, chunk: Chunk) -> NDArray[np.float32]:
         """Return (samples, channels) in the model's unit."""
-        channels = self._opened.channels
+        channels = self.opened.channels
         if len(chunk.data) > self._max_chunk_bytes:
             raise Refused(
                 "oversize",
@@ -214,7 +214,7 @@ class Session:
             self._resampler = self._new_resampler()
 
     def _new_resampler(self) -> Resampler | None:
-        return Resampler(self._ratio, self._opened.channels) if self._ratio != 1 else None
+        return Resampler(self._ratio, self.opened.channels) if self._ratio != 1 else None
 
     # --- out -------------------------------------------------------------------------------
 

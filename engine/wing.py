@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.messages import Gapped, Message, Samples, Scores
+from engine.messages import Gapped, Message, Open, Samples, Scores
 from engine.model_file import ModelSpec
 
 Outputs = Mapping[str, NDArray[np.float32]]
@@ -39,6 +39,7 @@ class Rows(NamedTuple):
     begin: NDArray[np.int64]  # where the stream began anew: no result lies before
     end: NDArray[np.int64]  # where a flush's padding begins: no result lies there or later
     streams: Sequence[Timeline]
+    samples: NDArray[np.float32]  # (rows, hops * hop, channels), the new ones
 
 
 class Wing(Protocol):
@@ -49,9 +50,15 @@ class Wing(Protocol):
     delay : int
         Samples of the model's rate by which a result may follow the step that holds its
         cause; so much is appended at a flush.
+    share : float
+        Of the machine that a stream takes beside the model's steps.
     """
 
     delay: int
+    share: float
+
+    def open(self, slot: int, timeline: Timeline, request: Open) -> None:
+        """Begin a stream, with what its open asks for; a reset follows."""
 
     def reset(self, slot: int) -> None:
         """Forget all: a new stream, or the same one after a flush."""
@@ -66,6 +73,27 @@ class Wing(Protocol):
     def push(self, rows: Rows, outputs: Outputs) -> list[tuple[int, Message]]:
         """Return results as (row, message), those of a row in the order of time."""
 
+    def pending(self, slot: int) -> bool:
+        """Return whether results of what was pushed are still to be collected."""
+
+    def collect(self) -> list[tuple[int, Message]]:
+        """Return results that took longer than their step, as (slot, message)."""
+
+
+class PromptWing:
+    """What the wings have in common that tell all with the step that it came of."""
+
+    share = 0.0
+
+    def open(self, slot: int, timeline: Timeline, request: Open) -> None:
+        """Nothing is asked for."""
+
+    def pending(self, slot: int) -> bool:
+        return False
+
+    def collect(self) -> list[tuple[int, Message]]:
+        return []
+
 
 def each_hop(rows: Rows, outputs: Outputs, hop: int) -> Iterator[tuple[Rows, Outputs]]:
     """Yield the rows and outputs of a step hop by hop, as if it had been taken so."""
@@ -79,7 +107,7 @@ def each_hop(rows: Rows, outputs: Outputs, hop: int) -> Iterator[tuple[Rows, Out
         yield rows._replace(hops=1, start=start), part
 
 
-class ScoresWing:
+class ScoresWing(PromptWing):
     """Each output of each step as it is."""
 
     def __init__(self, spec: ModelSpec, num_slots: int) -> None:
@@ -117,7 +145,7 @@ class ScoresWing:
         return Scores(stream.name, name, index, values.shape, values.astype("<f4").tobytes())
 
 
-class AudioWing:
+class AudioWing(PromptWing):
     """Windows of signal that a model made, added where they overlap.
 
     A sample is complete when the last window that covers it has been added, which is

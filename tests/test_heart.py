@@ -127,6 +127,7 @@ class Patient:
             begin=np.array([begin]),
             end=np.array([end]),
             streams=[Timeline()],
+            samples=np.zeros((1, RATE_HZ, 1), np.float32),
         )
         self.position += RATE_HZ
         outputs = {"beat": p[None], "beat_class": classes[None]}

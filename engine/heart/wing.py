@@ -6,10 +6,10 @@ from engine.heart.beats import REFRACTORY_S, Beat, BeatFinder
 from engine.heart.rhythm import RULES, Rhythm
 from engine.messages import Gapped, Message
 from engine.model_file import ModelSpec
-from engine.wing import Outputs, Rows, Timeline
+from engine.wing import Outputs, PromptWing, Rows, Timeline
 
 
-class HeartWing:
+class HeartWing(PromptWing):
     """Beats, rhythm and alert rules of all streams of a heart model."""
 
     def __init__(self, spec: ModelSpec, num_slots: int) -> None:
