@@ -66,7 +66,7 @@ class Open(Message, frozen=True):
     offset: float = 0.0
     index: Index = 0  # of the first sample to come
     latency_ms: Annotated[float, Meta(ge=0.01, le=60_000)] | None = None  # None: the model's own
-    speech: Speech = Speech()  # of no use to other pipelines
+    speech: Speech | None = None  # None: its defaults; of no use to other pipelines
 
 
 class Chunk(Message, frozen=True):

@@ -48,7 +48,7 @@ def defaults(kind: type[msgspec.Struct]) -> dict[str, Any]:
 def refusals() -> set[str]:
     """Return every code that the engine refuses with, by raising or by saying it."""
     codes = set()
-    for file in ("loop", "session"):
+    for file in ("loop", "session", "speech/hotwords"):
         for node in ast.walk(ast.parse((ROOT / "engine" / f"{file}.py").read_text())):
             if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
                 function = getattr(node.func, "id", getattr(node.func, "attr", ""))
@@ -90,6 +90,8 @@ def test_every_limit_is_documented_with_its_default() -> None:
         ("`stages[]`", model_file.Stage),
         ("`stages[].states[]`", model_file.State),
         ("`outputs[]`", model_file.Output),
+        ("`gate`", model_file.Gate),
+        ("`decoding`", model_file.Decoding),
     ],
 )
 def test_every_key_of_a_model_file_is_documented_with_its_default(
@@ -99,8 +101,10 @@ def test_every_key_of_a_model_file_is_documented_with_its_default(
     assert set(fields) == set(kind.__struct_fields__)
     for field in msgspec.structs.fields(kind):
         told = fields[field.name]
-        if field.default_factory is not msgspec.NODEFAULT or field.default == ():
+        if field.default_factory is not msgspec.NODEFAULT or field.default in ((), None):
             assert told == "none"
+        elif isinstance(field.default, msgspec.Struct):
+            assert told == "its own"
         elif field.required:
             assert told == ""
         else:

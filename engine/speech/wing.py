@@ -130,8 +130,9 @@ class SpeechWing:
         Refused
             If a hotword cannot be spelt.
         """
-        self._decoder.open(slot, request.speech)
-        self._streams[slot] = _Stream(timeline, request.speech, self._rate_hz)
+        rules = request.speech or Speech()
+        self._decoder.open(slot, rules)
+        self._streams[slot] = _Stream(timeline, rules, self._rate_hz)
         self._waiting.discard(slot)
 
     def reset(self, slot: int) -> None:
