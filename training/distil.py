@@ -15,7 +15,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -78,7 +78,9 @@ def teacher_frames(
         found: dict[str, NDArray[np.float16]] = {}
         for group in track(groups, "teacher"):
             some = [utterances[place] for place in group]
-            found |= dict(zip([each.name for each in some], _encode(encoder, folder, some)))
+            found |= dict(
+                zip([each.name for each in some], _encode(encoder, folder, some), strict=True)
+            )
         with data_path.open("wb") as out:
             for name in names:
                 out.write(found[name].tobytes())
@@ -195,9 +197,7 @@ def ctc(head: CtcHead, frames: Tensor, batch: Batch) -> Tensor:
     lengths = torch.tensor([len(each) for each in letters])
     flat = torch.tensor([letter for each in letters for letter in each])
     ends = batch.skipped + batch.counts[rows]
-    total = functional.ctc_loss(
-        log_probs, flat, ends, lengths, reduction="sum", zero_infinity=True
-    )
+    total = functional.ctc_loss(log_probs, flat, ends, lengths, reduction="sum", zero_infinity=True)
     return total / lengths.sum()
 
 
@@ -276,7 +276,7 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARM_UP, max(0.01, (steps - step) / (FALLING * steps)))
 
 
-def train_head(training: Training, found: list[Item], steps: int, seed: int) -> None:
+def train_head(training: Training, found: list[Item], steps: int, seed: int, log: IO[str]) -> None:
     """Teach the head to spell from the teacher's frames."""
     rng = np.random.default_rng((seed, 1, training.head_step))
     texts = [item for item in found if item.letters]
@@ -292,7 +292,7 @@ def train_head(training: Training, found: list[Item], steps: int, seed: int) -> 
         training.learn(loss, min(1.0, (step + 1) / WARM_UP) * 1.5)
         training.head_step = step + 1
         if training.head_step % 50 == 0:
-            print(f"head step {training.head_step} ctc {loss.item():.3f}", flush=True)
+            _note(log, {"head_step": training.head_step, "ctc": loss.item()})
 
 
 def validate(training: Training, found: list[Item], noise: Noise) -> dict[str, float]:
@@ -313,15 +313,21 @@ def validate(training: Training, found: list[Item], noise: Noise) -> dict[str, f
     return {"distance": float(np.mean(far)), "ctc": float(np.mean(spelt))}
 
 
-def train(training: Training, found: list[Item], valid: list[Item], args: Any) -> None:
+def _note(log: IO[str], line: dict[str, float]) -> None:
+    log.write(json.dumps({name: round(float(value), 4) for name, value in line.items()}) + "\n")
+    log.flush()
+
+
+def train(
+    training: Training, found: list[Item], valid: list[Item], args: Any, log: IO[str]
+) -> None:
     """Teach encoder and head together."""
     noise = Noise(args.data)
     rng = np.random.default_rng((args.seed, 2, training.step))
     variance = float(np.mean([item.frames.astype(np.float32).var() for item in found[::50]]))
     stream = batches(found, rng)
-    log = (args.out / "log.jsonl").open("a")
     began = time.time()
-    means = np.zeros(2)
+    means = np.full(2, np.nan)
     for step in track(range(training.step, args.steps), "encoder"):
         cut = random_cut(rng)
         batch = collate(next(stream), cut, noise, rng)
@@ -333,19 +339,16 @@ def train(training: Training, found: list[Item], valid: list[Item], args: Any) -
         far, spelt = distance(frames, batch, variance), ctc(training.head, frames, batch)
         norm = training.learn(far + args.ctc_weight * spelt, rate(step, args.steps))
         training.step = step + 1
-        means += 0.05 * (np.array([far.item(), spelt.item()]) - means)
-        if training.step % 20 == 0:
-            line = {
-                "step": training.step,
-                "distance": round(means[0], 4),
-                "ctc": round(means[1], 4),
-                "norm": round(norm, 2),
-                "s": round(time.time() - began),
-            }
-            if training.step % args.check == 0:
-                training.save(args.out / "last.pt")
-                line |= {f"valid_{k}": round(v, 4) for k, v in validate(training, valid, noise).items()}
-            print(json.dumps(line), file=log, flush=True)
+        now = np.array([far.item(), spelt.item()])
+        means = np.where(np.isnan(means), now, means + 0.05 * (now - means))
+        line: dict[str, float] = {}
+        if training.step % args.check == 0:
+            training.save(args.out / "last.pt")
+            line = {f"valid_{name}": v for name, v in validate(training, valid, noise).items()}
+        if training.step % 20 == 0 or line:
+            line |= {"step": training.step, "distance": means[0], "ctc": means[1], "norm": norm}
+            line["s"] = time.time() - began
+            _note(log, line)
 
 
 def main() -> None:
@@ -368,9 +371,10 @@ def main() -> None:
     last = args.out / "last.pt"
     if last.exists():
         training.load(last)
-    train_head(training, found, args.head_steps, args.seed)
-    training.save(last)
-    train(training, found, valid, args)
+    with (args.out / "log.jsonl").open("a") as log:
+        train_head(training, found, args.head_steps, args.seed, log)
+        training.save(last)
+        train(training, found, valid, args, log)
     training.save(last)
 
 
