@@ -24,11 +24,12 @@ from numpy.typing import NDArray
 from engine.gate import VOICE
 from engine.messages import Final, Gapped, Message, Open, Partial, Speech, Word
 from engine.model_file import Model
-from engine.speech import language
+from engine.speech import ngram
 from engine.speech.alignment import align
 from engine.speech.beam import BeamDecoder
-from engine.speech.ctc import BLANK, GreedyDecoder
+from engine.speech.ctc import BLANK, SEPARATOR, GreedyDecoder
 from engine.speech.endpoint import Endpoint, Endpointer, Reason
+from engine.speech.language import LabelModel, WordModel
 from engine.wing import Outputs, Rows, Timeline
 
 if TYPE_CHECKING:
@@ -441,12 +442,11 @@ def _decoder(model: Model, num_slots: int) -> GreedyDecoder | BeamDecoder:
     (output,) = (output for output in model.spec.outputs if output.meaning == "ctc")
     if not decoding.beam:
         return GreedyDecoder(output.labels, num_slots)
-    spelling = None
-    if decoding.language_model:
-        spelling = language.load(
-            model.folder / decoding.language_model,
-            output.labels,
-            decoding.language_weight,
-            decoding.letter_bonus,
-        )
-    return BeamDecoder(output.labels, num_slots, spelling, decoding.beam)
+    if not decoding.language_model:
+        return BeamDecoder(output.labels, num_slots, None, decoding.beam)
+    ngrams = ngram.load(model.folder / decoding.language_model)
+    of_labels = all(label in ngrams.ids for label in output.labels[1:] if label != SEPARATOR)
+    language = (LabelModel if of_labels else WordModel)(
+        ngrams, output.labels, decoding.language_weight, decoding.letter_bonus
+    )
+    return BeamDecoder(output.labels, num_slots, language, decoding.beam)
