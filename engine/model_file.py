@@ -8,6 +8,8 @@ Rates, hops, labels and shapes stand nowhere else. ``docs/model-file.md`` explai
 import hashlib
 import importlib.util
 import math
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -21,6 +23,7 @@ from engine.features import LogMel, Recipe
 FORMAT = 1
 METADATA_KEY = "murmur"
 BUNDLED = Path(__file__).parent / "models"
+MANIFEST = "manifest.json"
 
 # Outputs without which a pipeline has nothing to read.
 _MEANINGS = {"heart": ("beat", "beat_class"), "speech": ("ctc",), "audio": ("samples",)}
@@ -136,6 +139,13 @@ class ModelSpec(_Statement, frozen=True):
         return sum(state.size for state in self.states)
 
 
+class Manifest(_Statement, frozen=True):
+    """What a folder of a built model holds."""
+
+    command: str  # that builds it
+    files: dict[str, str]  # sha256 of each
+
+
 class Model(NamedTuple):
     """A statement, and one ONNX Runtime session for each of its stages."""
 
@@ -210,14 +220,77 @@ def find(name: Path | str) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
+    recipe = BUNDLED / name / MANIFEST
+    if recipe.is_file():
+        built = built_folder(str(name)) / f"{name}.toml"
+        if built.is_file():
+            return built
+        command = _read_manifest(recipe).command
+        raise ModelFileError(f"{name}: expected {built}, which is not built yet: {command}")
     known = ", ".join(file.stem for file in bundled_files())
     raise ModelFileError(f"{name}: expected a .onnx or .toml file, or one of: {known}")
 
 
+def cache_folder() -> Path:
+    """Return where built models are kept: $MURMUR_CACHE, or the user's cache."""
+    if "MURMUR_CACHE" in os.environ:
+        return Path(os.environ["MURMUR_CACHE"])
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData/Local")) / "murmur"
+    if sys.platform == "darwin":
+        return Path.home() / "Library/Caches/murmur"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "murmur"
+
+
+def built_folder(name: str, cache: Path | None = None, recipe: Path | None = None) -> Path:
+    """Return where a model lies that is built from a recipe; another recipe, another folder."""
+    manifest = ((recipe or BUNDLED / name) / MANIFEST).read_bytes()
+    return (cache or cache_folder()) / f"{name}-{hashlib.sha256(manifest).hexdigest()[:12]}"
+
+
+def verify(folder: Path) -> None:
+    """Compare the files of a built model with its manifest.
+
+    Raises
+    ------
+    ModelFileError
+        If one is missing or damaged; the message says how to build the model again.
+    """
+    manifest = _read_manifest(folder / MANIFEST)
+    for name, expected in manifest.files.items():
+        path = folder / name
+        found = "none"
+        if path.is_file():
+            with path.open("rb") as content:
+                found = hashlib.file_digest(content, "sha256").hexdigest()
+        if found != expected:
+            raise ModelFileError(
+                f"{path}: expected sha256 {expected}, found {found}; {manifest.command}"
+            )
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ModelFileError(f"{path}: expected a manifest, found: {error}") from None
+
+
 def open_session(
-    graph: bytes, provider: str = "cpu", provider_options: dict[str, str] | None = None
+    graph: bytes,
+    provider: str = "cpu",
+    provider_options: dict[str, str] | None = None,
+    folder: Path | None = None,
 ) -> ort.InferenceSession:
     """Open one ONNX graph the way the engine runs it.
+
+    Parameters
+    ----------
+    graph : bytes
+    provider : {"cpu", "cuda"}
+    provider_options : dict, optional
+    folder : Path, optional
+        Where the files lie that hold weights which are not in the graph.
 
     Notes
     -----
@@ -231,6 +304,9 @@ def open_session(
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    if folder is not None:
+        key = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(key, str(folder))
     providers = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider"]}
     if provider not in providers:
         raise ModelFileError(f"provider: expected cpu or cuda, found {provider!r}")
@@ -265,6 +341,9 @@ def _load_onnx(path: Path, provider: str) -> Model:
 def _load_statement(path: Path, provider: str) -> Model:
     text = path.read_bytes()
     digest = hashlib.sha256(text)
+    if (path.parent / MANIFEST).is_file():
+        verify(path.parent)
+        digest.update((path.parent / MANIFEST).read_bytes())
     spec = _decode(text, msgspec.toml.decode)
     sessions, graphs = [], []
     for stage in spec.stages:
@@ -276,7 +355,7 @@ def _load_statement(path: Path, provider: str) -> Model:
         graph = graph_path.read_bytes()
         digest.update(graph)
         graphs.append(graph)
-        sessions.append(open_session(graph, provider))
+        sessions.append(open_session(graph, provider, folder=graph_path.parent))
     return _checked(spec, tuple(sessions), tuple(graphs), digest.hexdigest())
 
 
