@@ -45,9 +45,10 @@ class Errors(NamedTuple):
 class Changes(NamedTuple):
     """Of the words that were shown in partials, how many did not stay.
 
-    A word that appears at a place (its number in the utterance), where the partial before had
-    none or another, is one showing, however many partials repeat it. It is changed if a later
-    partial of the utterance, or the final, has another word or none at that place.
+    Each partial is laid against the one before by the fewest edits. A word that is added or put in
+    another's place is one showing, however many partials repeat it. It is changed when a later
+    partial of the utterance, or the final, lacks it or has another word instead. A word that only
+    moves, because one before it came or went, stays.
     """
 
     shown: int = 0
@@ -102,10 +103,10 @@ def changes(partials: Sequence[Words], final: Words) -> Changes:
     shown = changed = 0
     texts = [*partials, final]
     for before, text in zip(([], *partials), texts, strict=True):
-        same = [one == other for one, other in zip(before, text, strict=False)]
-        changed += len(before) - sum(same)
+        stay = len(matches(before, text))
+        changed += len(before) - stay
         if text is not final:
-            shown += len(text) - sum(same)
+            shown += len(text) - stay
     return Changes(shown, changed)
 
 

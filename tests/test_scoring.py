@@ -1,6 +1,7 @@
 """Figures of text agree with what a slow, plain reckoning says."""
 
 import math
+from collections import Counter
 from functools import cache
 
 import pytest
@@ -79,7 +80,7 @@ def test_the_interval_narrows_as_the_root_of_the_recordings() -> None:
         (["a", "a", "a"], "a", (1, 0)),  # repeated, not shown anew
         (["a", "b"], "c", (2, 2)),
         (["a b c"], "a", (3, 2)),  # taken back
-        (["a b"], "x a b", (2, 2)),  # moved by one place
+        (["a b"], "x a b", (2, 0)),  # moved by one place
         (["a", "b", "a"], "a", (3, 2)),
         ([], "a b", (0, 0)),
         (["a"], "", (1, 1)),
@@ -98,8 +99,10 @@ def test_what_was_shown_and_not_changed_is_in_the_final(
     found = changes(partials, final)
     last = partials[-1] if partials else []
     assert 0 <= found.changed <= found.shown
-    stayed = sum(one == other for one, other in zip(last, final, strict=False))
-    assert found.shown - found.changed == stayed
+    common = sum((Counter(last) & Counter(final)).values())
+    assert found.shown - found.changed <= common
+    if final[: len(last)] == last:
+        assert found.shown - found.changed == len(last)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,9 @@ runs: the learning rate is constant and falls to zero over the last part.
 import argparse
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -21,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.progress import track
+from scipy import signal
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -38,10 +41,12 @@ from training.recordings import LETTERS, Utterance
 
 SETS = ("librispeech", "kathleen", "ljspeech")
 LONGEST_S = 20.0
-BATCH_S = 60.0  # of audio, padding included
+_MOST_TIMES = 4
+SPEEDS = (Fraction(1), Fraction(1), Fraction(9, 10), Fraction(11, 10))
+BATCH_S = 32.0  # of audio, padding included
 CTC_WEIGHT = 0.3  # of the loss of a letter, beside the distance to the teacher
 CLIP = 1.0  # gradient norm
-FALLING = 0.35  # part of the steps over which the learning rate falls
+FALLING = 0.5  # part of the steps over which the learning rate falls
 WARM_UP = 50  # steps
 SERVED = Chunking(24, 16, 192)
 
@@ -49,6 +54,7 @@ SERVED = Chunking(24, 16, 192)
 class Item(NamedTuple):
     """An utterance to learn from."""
 
+    speaker: str
     audio: NDArray[np.int16]
     letters: list[int]  # empty: only the teacher is listened to
     frames: NDArray[np.float16]  # the teacher's, (frames, WIDTH)
@@ -99,7 +105,10 @@ def _encode(
 
     They are padded to whole seconds, because torch compiles its bfloat16 kernels per shape.
     """
-    sounds = [recordings.audio(folder, each) for each in utterances]
+    return _frames(encoder, [recordings.audio(folder, each) for each in utterances])
+
+
+def _frames(encoder: Encoder, sounds: list[NDArray[np.int16]]) -> list[NDArray[np.float16]]:
     samples = torch.tensor([len(sound) for sound in sounds])
     audio = torch.zeros(len(sounds), -(-int(samples.max()) // 16000) * 16000)
     for row, sound in enumerate(sounds):
@@ -127,8 +136,37 @@ def items(folder: Path, kept: Path, split: str, sets: tuple[str, ...]) -> list[I
         spelt = recordings.spelling(utterance.text)
         letters = recordings.numbers(spelt) if spelt else []
         if len(target) > 1.1 * len(letters):
-            found.append(Item(recordings.audio(folder, utterance), letters, target))
+            sound = recordings.audio(folder, utterance)
+            found.append(Item(utterance.speaker, sound, letters, target))
     return found
+
+
+def hastened(group: list[Item], ratio: Fraction, teacher: Encoder) -> list[Item]:
+    """Return utterances spoken faster or slower, and so by other voices, and what the teacher says.
+
+    Speed perturbation (Ko et al. 2015) where there are few speakers.
+    """
+    sounds = []
+    for item in group:
+        faster = signal.resample_poly(
+            item.audio.astype(np.float32), ratio.denominator, ratio.numerator
+        )
+        sounds.append(np.clip(faster, -32768, 32767).astype(np.int16))
+    frames = _frames(teacher, sounds)
+    return [
+        item._replace(audio=sound, frames=each)
+        for item, sound, each in zip(group, sounds, frames, strict=True)
+    ]
+
+
+def balanced(found: list[Item]) -> list[Item]:
+    """Return utterances of rare speakers several times: most of the hours are of six voices."""
+    hours = Counter[str]()
+    for item in found:
+        hours[item.speaker] += len(item.audio)
+    most = max(hours.values())
+    times = {name: min(_MOST_TIMES, round((most / each) ** 0.25)) for name, each in hours.items()}
+    return [item for item in found for _ in range(times[item.speaker])]
 
 
 class Noise:
@@ -139,9 +177,9 @@ class Noise:
         self._sounds = [recordings.audio(folder, each) for each in utterances]
 
     def mix(self, voice: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
-        """Return a voice at another level, often with a background 5 to 30 dB below it."""
-        voice = voice * np.float32(10 ** (rng.uniform(-10, 6) / 20))
-        if rng.random() < 0.6:
+        """Return a voice at another level, sometimes with a background 5 to 30 dB below it."""
+        voice = voice * np.float32(10 ** (rng.uniform(-8, 6) / 20))
+        if rng.random() < 0.85:
             return voice
         sound = self._sounds[rng.integers(len(self._sounds))].astype(np.float32) / 32768
         first = int(rng.integers(max(1, len(sound) - len(voice))))
@@ -211,7 +249,7 @@ def distance(frames: Tensor, batch: Batch, variance: float) -> Tensor:
 
 def random_cut(rng: np.random.Generator) -> Chunking:
     """Return how a batch is cut: mostly as it will be served."""
-    if rng.random() < 0.7:
+    if rng.random() < 0.9:
         return SERVED
     chunk, ahead, left = rng.choice(((16, 16, 192), (24, 12, 144), (32, 16, 224)))
     return Chunking(int(chunk), int(ahead), int(left))
@@ -325,12 +363,16 @@ def train(
     noise = Noise(args.data)
     rng = np.random.default_rng((args.seed, 2, training.step))
     variance = float(np.mean([item.frames.astype(np.float32).var() for item in found[::50]]))
-    stream = batches(found, rng)
+    stream = batches(balanced(found), rng)
+    teacher = Encoder(moonshine.encoder()).eval()
     began = time.time()
     means = np.full(2, np.nan)
     for step in track(range(training.step, args.steps), "encoder"):
         cut = random_cut(rng)
-        batch = collate(next(stream), cut, noise, rng)
+        group, speed = next(stream), SPEEDS[rng.integers(len(SPEEDS))]
+        if speed != 1:
+            group = hastened(group, speed, teacher)
+        batch = collate(group, cut, noise, rng)
         with torch.no_grad():
             windows = training.encoder.windows(batch.audio, cut)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
