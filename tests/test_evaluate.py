@@ -1,6 +1,8 @@
 """Figures of speech are those of what was said, shown and when, as told over the sockets."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +15,9 @@ from engine import messages as m
 from engine.client import Client
 from engine.corpus import Clip
 from engine.dictation import Plan, Take, dictate
-from tests.tones import ToneServer, say, tone_server
+from tests.tones import ToneServer, say, tone_server, write_model
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -187,3 +191,83 @@ def test_a_report_can_be_read_and_stored(tones: ToneServer, tmp_path: Path) -> N
         "FAULT x",
     ):
         assert part in text
+
+
+# --- the command, through a server of its own ------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A manifest of five recordings, and the model that understands them."""
+    folder = tmp_path_factory.mktemp("corpus")
+    write_model(folder)
+    rows = [
+        ("a.wav", "ann", "valid", "one two", "One, two!"),
+        ("b.flac", "ann", "valid", "three - four", "3 four"),
+        ("c.wav", "bob", "valid", "two", "one"),  # wrong, on purpose
+        ("d.wav", "bob", "train", "two", "two"),
+        ("e.wav", "-", "valid", "zero", ""),
+    ]
+    lines = ["path\tspeaker\tsplit\tseconds\ttext"]
+    for name, speaker, split, said, text in rows:
+        soundfile.write(folder / name, say(*said.split()), 16_000)
+        lines.append(f"{name}\t{speaker}\t{split}\t1.0\t{text}")
+    (folder / "manifest.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def murmur(folder: Path, *options: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "engine", "evaluate", "speech", str(folder)]
+    command += ["--model", str(folder / "tones2.onnx"), *map(str, options)]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+    )
+
+
+def test_the_command_evaluates_a_split_and_writes_what_was_heard(
+    corpus_folder: Path, tmp_path: Path
+) -> None:
+    hyp, streaming = tmp_path / "hyp.tsv", tmp_path / "streaming.tsv"
+    files = ["--hyp", hyp, "--streaming-hyp", streaming]
+    done = murmur(corpus_folder, "--json", "--split", "valid", "--streams", "3", *files)
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["figure"] == report["streaming_wer"] == pytest.approx(100 / 5)
+    assert (report["words"], report["recordings"], report["substitutions"]) == (5, 3, 1)
+    assert [one["speaker"] for one in report["speakers"]] == ["bob", "ann"]
+    assert report["noise"]["false_words"] == 1
+    assert report["lone_words"] == {"clips": 1, "wrong": 1, "error": 100.0}
+    assert report["changed"] == 0.0
+    assert report["server_cpu_s"] > 0
+    assert hyp.read_text() == streaming.read_text()
+    assert hyp.read_text() == "a.wav\tone two\nb.flac\tthree four\nc.wav\ttwo\ne.wav\tzero\n"
+
+
+def test_the_command_tells_latency_in_real_time(corpus_folder: Path) -> None:
+    done = murmur(corpus_folder, "--json", "--split", "train", "--paced")
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["figure"] == 0.0
+    latency = report["latency"]
+    # The word lasts from 0.1 to 0.4 s; it is shown when its beginning has been looked at, a step
+    # of 0.1 s late: before its end. 0.8 s of silence make it a final.
+    assert -0.2 <= latency["word_end_to_first_shown"]["p50_s"] < 0.7
+    assert 0.8 <= latency["word_end_to_final"]["p50_s"] < 1.8
+    assert latency["endpoint_sent_to_final"]["times"] == 1
+    assert latency["flush_to_final"] is None
+    assert report["wall_s"] >= 0.5 + 1.5
+
+
+def test_a_recording_that_is_missing_is_a_fault_and_counts(corpus_folder: Path) -> None:
+    broken = corpus_folder / "broken"
+    broken.mkdir()
+    rows = [
+        ("path", "speaker", "split", "seconds", "text"),
+        ("../a.wav", "ann", "v", "1", "one two"),
+    ]
+    rows.append(("gone.wav", "ann", "v", "1", "one"))
+    (broken / "manifest.tsv").write_text("\n".join(map("\t".join, rows)))
+    done = murmur(broken, "--model", corpus_folder / "tones2.onnx")
+    assert done.returncode == 1
+    assert "33.33 %" in done.stdout
+    assert f"FAULT {broken / 'gone.wav'}: there is no such file" in done.stdout

@@ -24,7 +24,7 @@ from engine import mic
 from engine.errors import MurmurError
 from engine.mic import Microphone
 from tests.conftest import Clock
-from tests.tones import ToneServer, say, tone_server
+from tests.tones import ToneServer, say, tone_server, write_model
 
 ROOT = Path(__file__).parent.parent
 RATE_HZ = 16_000.0
@@ -282,9 +282,9 @@ def tones() -> Iterator[ToneServer]:
 class Speaking:
     """``murmur mic`` in a process of its own, and what is played to it."""
 
-    def __init__(self, environment: dict[str, str], address: str, *options: str) -> None:
+    def __init__(self, environment: dict[str, str], *options: str) -> None:
         self._environment = environment
-        command = [sys.executable, "-m", "engine", "mic", "--connect", address, *options]
+        command = [sys.executable, "-m", "engine", "mic", *options]
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -292,6 +292,7 @@ class Speaking:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            process_group=0,
         )
         assert self.process.stderr is not None
         self.ready = self.process.stderr.readline()
@@ -306,7 +307,8 @@ class Speaking:
         return self.process.stdout.readline().rstrip("\n")
 
     def interrupt(self) -> tuple[list[str], str, int]:
-        self.process.send_signal(signal.SIGINT)
+        """Press Ctrl-C: a terminal tells all processes of the group."""
+        os.killpg(self.process.pid, signal.SIGINT)
         out, error = self.process.communicate(timeout=30)
         return out.splitlines(), error, self.process.returncode
 
@@ -316,7 +318,7 @@ def test_what_is_said_is_read_and_ctrl_c_brings_the_last_words(
 ) -> None:
     path = tmp_path / "said.wav"
     soundfile.write(path, say("one", "two", "-", "three", "four"), 16_000)
-    speaking = Speaking(sound_card, tones.address)
+    speaking = Speaking(sound_card, "--connect", tones.address)
     assert speaking.ready.startswith("listening to ")
     speaking.play(path)
     assert speaking.line() == "One two."
@@ -329,7 +331,9 @@ def test_json_tells_each_result_and_sums_up(
 ) -> None:
     path = tmp_path / "said.wav"
     soundfile.write(path, say("zero", "three", "-", "-"), 16_000)
-    speaking = Speaking(sound_card, tones.address, "--json", "--stream", "desk", "--model", "words")
+    speaking = Speaking(
+        sound_card, "--connect", tones.address, "--json", "--stream", "desk", "--model", "words"
+    )
     speaking.play(path)
     told = [json.loads(speaking.line())]
     while told[-1]["type"] != "final":
@@ -344,6 +348,18 @@ def test_json_tells_each_result_and_sums_up(
     assert report["rate_hz"] == tones.opened[-1].rate_hz
     assert report["seconds"] >= 3.0
     assert 0 <= report["figure"] < 1.0
+
+
+def test_its_own_server_outlives_ctrl_c_until_the_last_words_are_in(
+    sound_card: dict[str, str], tmp_path: Path
+) -> None:
+    path = tmp_path / "said.wav"
+    soundfile.write(path, say("two", "-", "zero", "four"), 16_000)
+    speaking = Speaking(sound_card, "--model", str(write_model(tmp_path)))
+    assert speaking.ready.startswith("listening to ")
+    speaking.play(path)
+    assert speaking.line() == "two"
+    assert speaking.interrupt() == (["zero four"], "", 0)
 
 
 def test_the_devices_are_listed(sound_card: dict[str, str]) -> None:

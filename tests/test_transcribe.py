@@ -20,7 +20,7 @@ from engine import transcribe
 from engine.errors import MurmurError
 from engine.messages import Word
 from engine.transcribe import Transcript, Utterance
-from tests.tones import ToneServer, say, tone_server
+from tests.tones import ToneServer, say, tone_server, write_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -114,6 +114,16 @@ def test_one_file_goes_to_the_file_that_is_named(tones: ToneServer, tmp_path: Pa
     done = murmur(tones, path, "--vtt", "--out", tmp_path / "x.vtt", "--json")
     assert json.loads(done.stdout)["files"][0]["text"] == "One."
     assert (tmp_path / "x.vtt").read_text() == ("WEBVTT\n\n00:00:00.100 --> 00:00:00.400\none\n")
+
+
+def test_without_a_server_one_is_started(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.wav", "one", "two", "-", "three")
+    command = [sys.executable, "-m", "engine", "transcribe", str(path)]
+    command += ["--model", str(write_model(tmp_path))]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "one two\nthree\n", "")
 
 
 @pytest.mark.parametrize(

@@ -1,25 +1,30 @@
-"""A server of speech whose words are tones: what it says depends on all that it hears.
+"""Words that are tones, for tests that must know to the sample what was said and when.
 
-It stands in where a test must know to the sample what was said and when. Each word is a tone of
-its own pitch; a word is over when its tone is. No model, no resampling, no batching.
+Each word has its own pitch. :func:`write_model` makes a model file for the real engine, and
+:class:`ToneServer` is a server that needs no model, resampling or batching, and asks nothing.
 """
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import zmq
 from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 
 from engine import messages as m
+from engine import model_file
+from tests import tiny
 
 PITCH = {"zero": 300.0, "one": 500.0, "two": 700.0, "three": 900.0, "four": 1100.0}
+RATE_HZ = 16_000  # of the model
 FRAME_S = 0.05
 _LOUD = 0.02  # of the mean square's root
 
 
-def say(*words: str, rate_hz: int = 16_000, each_s: float = 0.3) -> NDArray[np.float32]:
+def say(*words: str, rate_hz: int = RATE_HZ, each_s: float = 0.3) -> NDArray[np.float32]:
     """Return words one after another, each between silences of 0.1 s; "-" is 1 s of silence."""
     parts = []
     for word in words:
@@ -30,6 +35,66 @@ def say(*words: str, rate_hz: int = 16_000, each_s: float = 0.3) -> NDArray[np.f
         quiet = np.zeros(round(0.1 * rate_hz))
         parts += [quiet, 0.5 * np.sin(2 * np.pi * PITCH[word] * time_s), quiet]
     return np.concatenate(parts).astype(np.float32) if parts else np.zeros(0, np.float32)
+
+
+def write_model(folder: Path, frames: int = 2) -> Path:
+    """Write a model of speech that tells, every 50 ms, which tone is there; so many in a step.
+
+    The pitches make whole periods in a frame, so that their waves are orthogonal there. It looks
+    at each frame a step late, so that it has a look-ahead as real models have.
+    """
+    frame = round(FRAME_S * RATE_HZ)
+    hop = frames * frame
+    phase = 2 * np.pi * np.outer(np.arange(frame) / RATE_HZ, list(PITCH.values()))
+    waves = np.concatenate([np.cos(phase), np.sin(phase)], 1) * 2 / frame
+    constants = {
+        "from": np.array([0]),
+        "to": np.array([hop]),
+        "axis": np.array([1]),
+        "frames": np.array([0, -1, frame]),
+        "waves": waves.astype(np.float32),
+        "halves": np.array([0, -1, 2, len(PITCH)]),
+        "least": np.float32(_LOUD),
+        "slope": np.float32(100),
+        "room": np.array([0, 0, 1, 0, 0, 0]),
+    }
+    nodes = [
+        helper.make_node("Slice", ["x", "from", "to", "axis"], ["older"]),
+        helper.make_node("Reshape", ["older", "frames"], ["cut"]),
+        helper.make_node("MatMul", ["cut", "waves"], ["parts"]),
+        helper.make_node("Reshape", ["parts", "halves"], ["pairs"]),
+        helper.make_node("ReduceL2", ["pairs"], ["amplitude"], axes=[2], keepdims=0),
+        helper.make_node("Sub", ["amplitude", "least"], ["above"]),
+        helper.make_node("Mul", ["above", "slope"], ["logits"]),
+        helper.make_node("Pad", ["logits", "room"], ["with_blank"]),
+        helper.make_node("LogSoftmax", ["with_blank"], ["ctc"], axis=2),
+    ]
+    tensor = helper.make_tensor_value_info
+    made = helper.make_model(
+        helper.make_graph(
+            nodes,
+            "tones",
+            [tensor("x", TensorProto.FLOAT, ["batch", 2 * hop, 1])],
+            [tensor("ctc", TensorProto.FLOAT, ["batch", frames, len(PITCH) + 1])],
+            [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+        ),
+        opset_imports=[helper.make_opsetid("", 17)],
+    )
+    made.ir_version = 9
+    spec = model_file.ModelSpec(
+        format=model_file.FORMAT,
+        name=f"tones{frames}",
+        pipeline="speech",
+        input=model_file.Input(float(RATE_HZ), "1"),
+        hop_samples=hop,
+        window_samples=2 * hop,
+        stages=(model_file.Stage("x", (2 * hop, 1)),),
+        outputs=(model_file.Output("ctc", "ctc", ("", *PITCH)),),
+        licence="CC0-1.0",
+        provenance="made by a test",
+        look_ahead_samples=hop,
+    )
+    return tiny.write(folder, spec, made=made)
 
 
 class Ear:
