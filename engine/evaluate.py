@@ -60,6 +60,7 @@ class Score(NamedTuple):
     letters: Errors
     streaming_words: Errors
     changes: Changes
+    changes_by_place: Changes
     audio_s: float
 
 
@@ -107,12 +108,8 @@ def score(clip: Clip, take: Take) -> Score:
     told = utterances(take)
     reference = spoken.words(clip.text)
     streaming = [one.partials[-1][1] for one in told if one.partials]
-    texts = [text for one in told if one.final is not None for text in [one.final.text]]
+    texts = [one.final.text for one in told if one.final is not None]
     hypothesis = spoken.words(" ".join(texts))
-    shown = Changes()
-    for one in told:
-        final = spoken.words(one.final.text) if one.final is not None else []
-        shown = shown.plus(changes([words for _, words in one.partials], final))
     ended_as = [word for words in streaming for word in words]
     return Score(
         clip,
@@ -121,16 +118,26 @@ def score(clip: Clip, take: Take) -> Score:
         errors(reference, hypothesis),
         errors(" ".join(reference), " ".join(hypothesis)),
         errors(reference, ended_as),
-        shown,
+        _shown(told, by_place=False),
+        _shown(told, by_place=True),
         take.seconds,
     )
+
+
+def _shown(told: Sequence[Utterance], by_place: bool) -> Changes:
+    total = Changes()
+    for one in told:
+        partials = [words for _, words in one.partials]
+        final = spoken.words(one.final.text) if one.final is not None else []
+        total = total.plus(changes(partials, final, by_place))
+    return total
 
 
 def unheard(clip: Clip) -> Score:
     """Count a recording that could not be read or sent: all of it is missing."""
     reference = spoken.words(clip.text)
     missing, letters = errors(reference, []), errors(" ".join(reference), "")
-    return Score(clip, "", "", missing, letters, missing, Changes(), 0.0)
+    return Score(clip, "", "", missing, letters, missing, Changes(), Changes(), 0.0)
 
 
 def lags(heard: Iterable[tuple[Clip, Take]]) -> Lags:
@@ -243,9 +250,8 @@ def accuracy(scores: Sequence[Score]) -> Report:
     words = _sum(one.words for one in texts)
     letters = _sum(one.letters for one in texts)
     streaming = _sum(one.streaming_words for one in texts)
-    shown = Changes()
-    for one in scores:
-        shown = shown.plus(one.changes)
+    shown = _changes(one.changes for one in scores)
+    by_place = _changes(one.changes_by_place for one in scores)
     report: Report = {
         "figure": _percent(words.rate),
         "what": "word error rate of the finals, %",
@@ -264,6 +270,7 @@ def accuracy(scores: Sequence[Score]) -> Report:
         "words_shown": shown.shown,
         "words_changed": shown.changed,
         "changed": _percent(shown.rate),
+        "changed_by_place": _percent(by_place.rate),
         "speakers": _speakers(texts),
         "lone_words": _lone_words(texts),
         "noise": _false_words(noise),
@@ -358,6 +365,13 @@ def _sum(counts: Iterable[Errors]) -> Errors:
     return total
 
 
+def _changes(counts: Iterable[Changes]) -> Changes:
+    total = Changes()
+    for one in counts:
+        total = total.plus(one)
+    return total
+
+
 def _percent(rate: float) -> float | None:
     return 100 * rate if math.isfinite(rate) else None
 
@@ -382,7 +396,8 @@ def lines(report: Report) -> Iterator[str]:
         yield _line("normalisation", report["normalisation"])
     if report["words_shown"]:
         counts = f"{report['words_changed']} of {report['words_shown']} words after being shown"
-        yield _line("changed", f"{report['changed']:.2f} %", counts)
+        by_place = f"{report['changed_by_place']:.2f} % by place"
+        yield _line("changed", f"{report['changed']:.2f} %", counts, by_place)
     if lone := report["lone_words"]:
         yield _line("lone words", f"{lone['error']:.2f} %", f"{lone['wrong']} of {lone['clips']}")
     if noise := report["noise"]:

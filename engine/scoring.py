@@ -48,7 +48,8 @@ class Changes(NamedTuple):
     Each partial is laid against the one before by the fewest edits. A word that is added or put in
     another's place is one showing, however many partials repeat it. It is changed when a later
     partial of the utterance, or the final, lacks it or has another word instead. A word that only
-    moves, because one before it came or went, stays.
+    moves, because one before it came or went, stays; but counted by place, which is stricter, a
+    word stays only if its number in the utterance is the same.
     """
 
     shown: int = 0
@@ -98,12 +99,15 @@ def matches(reference: Words, hypothesis: Words) -> list[tuple[int, int]]:
     ]
 
 
-def changes(partials: Sequence[Words], final: Words) -> Changes:
+def changes(partials: Sequence[Words], final: Words, by_place: bool = False) -> Changes:
     """Count what was shown of an utterance and did not stay."""
     shown = changed = 0
     texts = [*partials, final]
     for before, text in zip(([], *partials), texts, strict=True):
-        stay = len(matches(before, text))
+        if by_place:
+            stay = sum(one == other for one, other in zip(before, text, strict=False))
+        else:
+            stay = len(matches(before, text))
         changed += len(before) - stay
         if text is not final:
             shown += len(text) - stay

@@ -92,6 +92,12 @@ def test_a_word_that_was_shown_is_changed_at_most_once(
     assert changes([text.split() for text in partials], final.split()) == Changes(*expected)
 
 
+def test_by_place_a_word_that_moves_has_changed() -> None:
+    partials = [["a", "b"], ["x", "a", "b"]]
+    assert changes(partials, ["x", "a", "b"]) == Changes(3, 0)
+    assert changes(partials, ["x", "a", "b"], by_place=True) == Changes(5, 2)
+
+
 @given(st.lists(TEXT, max_size=5), TEXT)
 def test_what_was_shown_and_not_changed_is_in_the_final(
     partials: list[list[str]], final: list[str]
