@@ -45,6 +45,7 @@ class NetConfig:
     linears: tuple[int, ...] = field(default=())  # widths of ReLU layers before the heads
     dropout: float = 0.0  # after each recurrent layer, in training only
     normalised: bool = False  # each channel, by figures of the training data
+    layer_norms: bool = False  # one before each recurrent layer
 
     @property
     def stride(self) -> int:
@@ -100,8 +101,9 @@ class StreamingNet(nn.Module):
         if config.normalised:
             self.register_buffer("mean", torch.zeros(config.channels))
             self.register_buffer("scale", torch.ones(config.channels))
-        self.recurrent = nn.ModuleList()
+        self.recurrent, self.norms = nn.ModuleList(), nn.ModuleList()
         for layer in range(config.layers):
+            self.norms.append(nn.LayerNorm(width) if config.layer_norms else nn.Identity())
             self.recurrent.append(_CELLS[config.cell](width, config.hidden, batch_first=True))
             width = config.hidden
             for letter in self._letters:
@@ -167,10 +169,10 @@ class StreamingNet(nn.Module):
             y, kept = conv(y, carried.pop(0) if conv.kept else y[:, :, :0])
             new_states += [kept] if conv.kept else []
         y = y.transpose(1, 2)
-        for layer in self.recurrent:
+        for norm, layer in zip(self.norms, self.recurrent, strict=True):
             # The module's states are (1, N, hidden): one layer each, so that each has a name.
             before = tuple(carried.pop(0).unsqueeze(0) for _ in self._letters)
-            y, after = layer(y, before if len(before) == 2 else before[0])
+            y, after = layer(norm(y), before if len(before) == 2 else before[0])
             new_states += [s.squeeze(0) for s in (after if len(before) == 2 else (after,))]
             y = self.dropout(y)
         y = self.linears(y)
