@@ -2,15 +2,17 @@
 
 A prefix is a text that the frames so far may have said. Its probability is the sum over all
 alignments, multiplied by what a language model and the stream's hotwords make of it; the most
-probable prefixes are kept. Probabilities are kept as they are, with a common factor taken out,
-so that a frame costs products and sums and no logarithm.
+probable prefixes are kept. Of those that no language model can tell apart from now on, since it
+remembers only the last words, the best is kept: places in the beam are for open questions.
+Probabilities are kept as they are, with a common factor taken out, so that a frame costs products
+and sums and no logarithm.
 
 Each row is searched by itself, in Python: per frame, time goes by the kept prefixes times the
 labels that are probable there. A frame in which only the blank is probable costs nothing.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -24,6 +26,7 @@ from engine.speech.hotwords import Hotwords
 from engine.speech.language import Both, Indifferent, Language, make_room
 
 _TINY = 1e-100  # below which the best prefix's probability is brought to 1 again
+_MAX_OPEN_WITH_RIVALS = 512
 _MAX_OPEN = 96  # labels of a prefix; beyond, what all prefixes have in common becomes final
 _KEPT_OPEN = 48  # labels that stay open where prefixes have no word in common
 _MAX_STATES = 8192  # of a language model, whose factors are kept; some 0.3 KB each
@@ -48,19 +51,20 @@ class _Prefix:
     """
 
     __slots__ = (
-        *("text", "last", "state", "factors", "blank", "token", "best_blank", "best_token"),
-        *("trace_blank", "trace_token", "total", "best", "trace"),
+        *("text", "last", "state", "known", "blank", "token", "best_blank", "best_token"),
+        *("trace_blank", "trace_token", "total", "best", "trace", "rivals"),
     )
 
-    def __init__(self, text: str, last: int, state: Any, factors: dict[int, float]) -> None:
+    def __init__(self, text: str, last: int, state: Any, known: "_Known") -> None:
         self.text, self.last = text, last
-        self.state, self.factors = state, factors
+        self.state, self.known = state, known
         self.blank = self.best_blank = 0.0
         self.token = self.best_token = 0.0
         self.trace_blank: Trace = ()
         self.trace_token: Trace = ()
         self.total = self.best = 0.0
         self.trace: Trace = ()
+        self.rivals: tuple[_Rival, ...] = ()
 
     def rest(self) -> None:
         """Pass a frame in which only the blank is probable."""
@@ -108,10 +112,43 @@ class _Prefix:
         self.best_token *= factor
         self.sum_up()
 
+    def beat(self, rivals: Iterable["_Rival"], limit: int) -> None:
+        """Remember the likeliest of what came to the same state of the language model."""
+        likeliest: dict[str, _Rival] = {}
+        for rival in (*self.rivals, *rivals):
+            likeliest[rival.text] = max(rival, likeliest.get(rival.text, rival))
+        self.rivals = tuple(sorted(likeliest.values(), reverse=True)[:limit])
+
     def shorten(self, count: int) -> None:
-        """Let go of labels at the beginning."""
+        """Let go of labels at the beginning, and of rivals that have others there."""
+        self.rivals = tuple(
+            rival._replace(
+                text=rival.text[count:], trace=rival.trace[count:], since=rival.since - count
+            )
+            for rival in self.rivals
+            if rival.since >= count and rival.text[:count] == self.text[:count]
+        )
         self.text, self.trace = self.text[count:], self.trace[count:]
         self.trace_blank, self.trace_token = self.trace_blank[count:], self.trace_token[count:]
+
+
+class _Rival(NamedTuple):
+    """Another text that led to the same state of the language model as a prefix.
+
+    Whatever the prefix says afterwards, its rival would say too.
+    """
+
+    part: float  # how probable it is, as a part of the prefix
+    text: str
+    trace: Trace
+    since: int  # labels of the prefix for which the rival has its own
+
+
+class _Known(NamedTuple):
+    """What a language model said of a state, filled as labels are heard."""
+
+    factors: dict[int, float]  # by which a next label multiplies: exp of its score
+    after: dict[int, Any]  # the state after it
 
 
 # A prefix that becomes longer: its probability, the best alignment's and that one's trace so far,
@@ -128,26 +165,33 @@ class _Settings(NamedTuple):
     worst: float  # how probable a prefix must be, as a part of the best one
 
 
-class _Weighed(NamedTuple):
-    """A language model, and what it said of the states met last.
-
-    For each state and label the factor, exp of its score; filled as labels are heard.
-    """
+class _Spelling(NamedTuple):
+    """A language model, and what it said of the states met last."""
 
     language: Language[Any]
-    factors: dict[Any, dict[int, float]]
+    known: dict[Any, _Known]
+
+    def look(self, state: Any) -> _Known:
+        known = self.known.get(state)
+        if known is None:
+            make_room(self.known, _MAX_STATES)
+            known = self.known[state] = _Known({}, {})
+        return known
 
 
 class _Search:
     """The search of one row, from one reset to the next."""
 
-    def __init__(self, settings: _Settings, language: _Weighed) -> None:
-        self._settings, self._language, self._factors = settings, *language
+    def __init__(self, settings: _Settings, spelling: _Spelling, alternatives: int) -> None:
+        self._settings, self._spelling, self._language = settings, spelling, spelling.language
+        self._num_rivals = alternatives - 1
+        # Texts that are settled have no rivals any more.
+        self._max_open = _MAX_OPEN_WITH_RIVALS if self._num_rivals else _MAX_OPEN
         self.frames = 0
         self._log_scale = 0.0  # natural log of the common factor
         self._settled = Transcript(settings.labels)  # what is no longer in the prefixes
         state = self._language.begin()
-        empty = _Prefix("", settings.separator, state, self._factors_after(state))
+        empty = _Prefix("", settings.separator, state, spelling.look(state))
         empty.blank = empty.best_blank = 1.0
         empty.sum_up()
         self._beam = [empty]  # the best first
@@ -189,7 +233,8 @@ class _Search:
         grown: list[_Move] = []
         entering: list[tuple[_Prefix, _Move]] = []
         for prefix in self._beam:
-            total, last, factors, text = prefix.total, prefix.last, prefix.factors, prefix.text
+            total, last, text = prefix.total, prefix.last, prefix.text
+            factors = prefix.known.factors
             for one in heard:
                 label, factor, _ = one
                 weight = factors.get(label)
@@ -213,39 +258,64 @@ class _Search:
         return grown, entering
 
     def _keep(self, grown: list[_Move]) -> None:
-        """Make the most probable of old and new prefixes the beam."""
+        """Make the most probable of old and new prefixes the beam, one for each state."""
         pool: list[tuple[float, _Prefix | _Move]] = [(old.total, old) for old in self._beam]
         pool += [(move[0], move) for move in grown]
         pool.sort(key=itemgetter(0), reverse=True)
         best = pool[0][0]
         cut = best * self._settings.worst
-        self._beam = [
-            item if isinstance(item, _Prefix) else self._child(item)
-            for p, item in pool[: self._settings.beam]
-            if p >= cut
-        ]
+        chosen: dict[tuple[Any, int], _Prefix] = {}
+        for p, item in pool:
+            if p < cut:
+                break
+            if isinstance(item, _Prefix):
+                key = item.state, item.last
+            else:
+                key = self._after(item[3], item[4].label), item[4].label
+            winner = chosen.get(key)
+            if winner is not None:
+                if self._num_rivals:
+                    winner.beat(self._rivals(item, p, winner), self._num_rivals)
+            elif len(chosen) < self._settings.beam:
+                chosen[key] = item if isinstance(item, _Prefix) else self._child(item, key[0])
+            else:
+                break
+        self._beam = list(chosen.values())
         if 0.0 < best < _TINY:
             for prefix in self._beam:
                 prefix.scale(1.0 / best)
             self._log_scale += math.log(best)
-        if len(self._beam[0].text) > _MAX_OPEN:
+        if len(self._beam[0].text) > self._max_open:
             self._settle()
 
-    def _child(self, move: _Move) -> _Prefix:
+    def _after(self, prefix: _Prefix, label: int) -> Any:
+        after = prefix.known.after
+        if label not in after:
+            after[label] = self._language.advance(prefix.state, label)
+        return after[label]
+
+    def _child(self, move: _Move, state: Any) -> _Prefix:
         p, best, trace, parent, heard = move
-        state = self._language.advance(parent.state, heard.label)
         text = parent.text + chr(heard.label)
-        child = _Prefix(text, heard.label, state, self._factors_after(state))
+        child = _Prefix(text, heard.label, state, self._spelling.look(state))
         child.enter(p, best, self._longer(trace, heard))
         child.sum_up()
+        child.rivals = parent.rivals
         return child
 
-    def _factors_after(self, state: Any) -> dict[int, float]:
-        factors = self._factors.get(state)
-        if factors is None:
-            make_room(self._factors, _MAX_STATES)
-            factors = self._factors[state] = {}
-        return factors
+    def _rivals(self, item: _Prefix | _Move, p: float, winner: _Prefix) -> Iterator[_Rival]:
+        """Yield a text that another has beaten, and those that it had beaten itself."""
+        if isinstance(item, _Prefix):
+            text, trace, beaten = item.text, item.trace, item.rivals
+        else:
+            _, _, before, parent, heard = item
+            text, trace = parent.text + chr(heard.label), self._longer(before, heard)
+            beaten = parent.rivals
+        part, since = p / winner.total, len(winner.text)
+        yield _Rival(part, text, trace, since)
+        for rival in beaten:
+            longer = rival.text + text[rival.since :], rival.trace + trace[rival.since :]
+            yield _Rival(part * rival.part, *longer, since)
 
     def _longer(self, trace: Trace, heard: _Heard) -> Trace:
         return (*trace, (self.frames, self.frames + 1, heard.log_p))
@@ -254,10 +324,11 @@ class _Search:
         """Let go of words that all prefixes share, or else of those that disagree with the best."""
         count = self._complete(self._agreed())
         if not count:
-            best = self._beam[0].text[:-_KEPT_OPEN]
-            count = self._complete(best) or len(best)
-            self._beam = [old for old in self._beam if old.text.startswith(best[:count])]
-        _add(self._settled, self._beam[0], count)
+            text = self._beam[0].text[:-_KEPT_OPEN]
+            count = self._complete(text) or len(text)
+            self._beam = [old for old in self._beam if old.text.startswith(text[:count])]
+        best = self._beam[0]
+        _add(self._settled, best.text[:count], best.trace)
         for prefix in self._beam:
             prefix.shorten(count)
 
@@ -280,27 +351,38 @@ class _Search:
         """Return the best hypotheses of distinct texts."""
         separator = chr(self._settings.separator)
         sums: dict[str, float] = {}
-        likeliest: dict[str, _Prefix] = {}
-        for prefix in self._beam:
-            p = prefix.total
-            if ended:
-                inside = prefix.last != self._settings.separator
-                p *= math.exp(self._language.end(prefix.state, inside))
-            text = prefix.text.removesuffix(separator)
-            sums[text] = sums.get(text, 0.0) + p
-            likeliest.setdefault(text, prefix)
+        texts: dict[str, tuple[str, Trace]] = {}
+        for p, text, trace in self._weighed(ended):
+            name = text.removesuffix(separator)
+            sums[name] = sums.get(name, 0.0) + p
+            texts.setdefault(name, (text, trace))
         chosen = sorted(sums, key=sums.__getitem__, reverse=True)[:count]
-        return [self._hypothesis(likeliest[text], sums[text]) for text in chosen]
+        return [self._hypothesis(*texts[name], sums[name]) for name in chosen]
 
-    def _hypothesis(self, prefix: _Prefix, p: float) -> Hypothesis:
+    def _weighed(self, ended: bool) -> Iterator[tuple[float, str, Trace]]:
+        """Yield probabilities, texts and traces: of prefixes, then of their rivals."""
+        weights = [prefix.total for prefix in self._beam]
+        if ended:
+            separator = self._settings.separator
+            for place, prefix in enumerate(self._beam):
+                inside = prefix.last != separator
+                weights[place] *= math.exp(self._language.end(prefix.state, inside))
+        for p, prefix in zip(weights, self._beam, strict=True):
+            yield p, prefix.text, prefix.trace
+        for p, prefix in zip(weights, self._beam, strict=True):
+            for rival in prefix.rivals:
+                text = rival.text + prefix.text[rival.since :]
+                yield p * rival.part, text, rival.trace + prefix.trace[rival.since :]
+
+    def _hypothesis(self, text: str, trace: Trace, p: float) -> Hypothesis:
         transcript = self._settled.copy()
-        _add(transcript, prefix, len(prefix.text))
+        _add(transcript, text, trace)
         score = self._log_scale + (math.log(p) if p > 0.0 else -math.inf)
         return Hypothesis(transcript.spoken(), score)
 
     def stable_words(self) -> int:
         transcript = self._settled.copy()
-        _add(transcript, self._beam[0], len(self._agreed()))
+        _add(transcript, self._agreed(), self._beam[0].trace)
         return transcript.num_complete
 
     def take(self) -> tuple[Any, ...]:
@@ -316,22 +398,22 @@ class _Search:
         for fields in prefixes:
             named = dict(zip(_CARRIED, map(_frozen, fields), strict=True))
             state = named["state"]
-            prefix = _Prefix(named["text"], named["last"], state, self._factors_after(state))
+            prefix = _Prefix(named["text"], named["last"], state, self._spelling.look(state))
             for name, value in named.items():
                 setattr(prefix, name, value)
+            prefix.rivals = tuple(_Rival(*rival) for rival in prefix.rivals)
             prefix.sum_up()
             self._beam.append(prefix)
 
 
 _CARRIED = (
     *("text", "last", "state", "blank", "token", "best_blank", "best_token"),
-    *("trace_blank", "trace_token"),
+    *("trace_blank", "trace_token", "rivals"),
 )
 
 
-def _add(transcript: Transcript, prefix: _Prefix, count: int) -> None:
-    """Add a prefix's first labels."""
-    for symbol, frames in zip(prefix.text[:count], prefix.trace, strict=False):
+def _add(transcript: Transcript, text: str, trace: Trace) -> None:
+    for symbol, frames in zip(text, trace, strict=False):
         transcript.add(Emitted(ord(symbol), *frames))
 
 
@@ -370,29 +452,30 @@ class BeamDecoder:
         separator = labels.index(SEPARATOR) if SEPARATOR in labels else BLANK
         self._settings = _Settings(labels, separator, beam, math.exp(-margin))
         self._floor = floor
-        self._language = _Weighed(language or Indifferent(), {})
-        self._languages = [self._language] * num_slots
+        self._spelling = _Spelling(language or Indifferent(), {})
+        self._spellings = [self._spelling] * num_slots
         self._options = [Speech()] * num_slots
-        self._rows = [_Search(self._settings, self._language) for _ in range(num_slots)]
+        self._rows = [_Search(self._settings, self._spelling, 1) for _ in range(num_slots)]
 
     def open(self, slot: int, speech: Speech) -> None:
-        """Begin anew with a stream's hotwords.
+        """Begin anew with a stream's hotwords, and its wish for alternatives.
 
         Raises
         ------
         Refused
             If one cannot be spelt with the labels; the row is as it was.
         """
-        language = self._language
+        spelling = self._spelling
         if speech.hotwords:
             hotwords = Hotwords(self._settings.labels, speech.hotwords)
-            language = _Weighed(Both(self._language.language, hotwords), {})
-        self._languages[slot], self._options[slot] = language, speech
+            spelling = _Spelling(Both(spelling.language, hotwords), {})
+        self._spellings[slot], self._options[slot] = spelling, speech
         self.reset(slot)
 
     def reset(self, slot: int) -> None:
-        """Forget the utterance and count frames from 0; hotwords stay."""
-        self._rows[slot] = _Search(self._settings, self._languages[slot])
+        """Forget the utterance and count frames from 0; options stay."""
+        alternatives = self._options[slot].alternatives
+        self._rows[slot] = _Search(self._settings, self._spellings[slot], alternatives)
 
     def push(self, slots: NDArray[np.intp], log_probs: NDArray[np.float32]) -> None:
         """Take the next frames of some rows.
@@ -424,7 +507,10 @@ class BeamDecoder:
         return self._rows[slot].alternatives(1, ended)[0]
 
     def alternatives(self, slot: int, count: int, ended: bool = True) -> list[Hypothesis]:
-        """Return some of the most probable texts, the best first, no two alike."""
+        """Return some of the most probable texts, the best first, no two alike.
+
+        There are more than a few only if the stream was opened with so many alternatives.
+        """
         return self._rows[slot].alternatives(count, ended)
 
     def frames(self, slot: int) -> int:
