@@ -5,19 +5,26 @@ the README quotes, and leaves nothing running. Machines are shared and noisy: wh
 runs interleaved, and ratios are of the same run.
 """
 
+import math
+import os
 import random
 import time
 from collections import Counter, defaultdict
+from collections.abc import Sequence
+from contextlib import ExitStack
+from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from engine import messages, model_file
-from engine.child import Counts, ServerProcess, serving
+from engine import corpus, messages, model_file
+from engine.audio import Sound
+from engine.child import Counts, ServerProcess, pinned, serving
 from engine.config import Limits
-from engine.errors import MurmurError, Refused
+from engine.errors import Disconnected, MurmurError, Refused
 from engine.load import Load, Outcome, Signal
 from engine.loop import Engine
 from engine.metrics import Metrics
@@ -28,6 +35,14 @@ from engine.signal import Front
 Report = dict[str, Any]
 
 CHUNK_S = 0.5
+# Speech that is not part of the repository; a checkout has it beside itself, or --data names it.
+RECORDINGS = Path("../shared/data/speech")
+# Of the search for the number of streams that one core carries.
+_FIRST_STREAMS = 8
+_MOST_RUNS = 8
+_FULL, _NEARLY = 0.9, 0.8  # shares of a core: the next run's, and what is enough
+_LESS = 0.75  # of the streams that were too many
+_LATE_MS = 1000.0  # 99 of 100 results are sooner, or it is not real time
 
 
 def recording() -> Signal:
@@ -38,6 +53,30 @@ def recording() -> Signal:
         raise MurmurError("bench needs a recording: pip install 'murmur-engine[ecg]'") from None
     samples, rate_hz = get_toy_ecg()
     return Signal(np.ascontiguousarray(samples, np.float32), float(rate_hz), "mV")
+
+
+def speech(manifests: Sequence[Path], split: str | None = None, seconds: float = 300.0) -> Signal:
+    """Return recordings of speech, drawn at random, one after the other.
+
+    Raises
+    ------
+    MurmurError
+        If there are none, or they are not of one rate.
+    """
+    clips = [clip for manifest in manifests for clip in corpus.read(manifest, split)]
+    parts: list[NDArray[np.float32]] = []
+    rates: set[float] = set()
+    left = math.inf
+    for place in np.random.default_rng(0).permutation(len(clips)).tolist():
+        if left <= 0:
+            break
+        with Sound(clips[place].path) as sound:
+            rates.add(sound.rate_hz)
+            parts += sound.blocks(sound.seconds + 1.0)
+        left = seconds * max(rates) - sum(map(len, parts))
+    if len(rates) > 1:
+        raise MurmurError(f"recordings: expected one rate, found {sorted(rates)} Hz")
+    return Signal(np.concatenate(parts), rates.pop(), "1")
 
 
 def overhead(
@@ -103,6 +142,108 @@ def load(model: str = "heart", streams: int = 1000, seconds: float = 30) -> Repo
         "server_cpu_cores": spent.cpu_seconds / outcome.seconds,
         "cpu_us_per_stream_second": spent.cpu_seconds / outcome.seconds / streams * 1e6,
         "rows_per_run": spent.rows_per_run,
+    }
+
+
+def capacity(
+    model: str = "english",
+    data: Sequence[Path] = (),
+    split: str | None = "valid",
+    chunk_s: float = 0.1,
+    seconds: float = 20.0,
+) -> Report:
+    """Tell how many streams one core carries in real time: the whole server, the load elsewhere.
+
+    The server is pinned to one core, the load generator to the others. The figure is a second over
+    the processor time that the server takes for a second of a stream, with the batches of that
+    very load: streams are added until there are nine tenths of what the run before has promised,
+    and the last run shows whether results are still in time.
+
+    Parameters
+    ----------
+    model : str
+    data : sequence of Path
+        Manifests of speech for a model of speech; none: those beside the repository. Each stream
+        plays five minutes of it from a place of its own on.
+    split : str, optional
+        Of the manifests.
+    chunk_s : float
+    seconds : float
+        Of each run.
+    """
+    loaded = model_file.load(model)
+    is_speech = loaded.spec.pipeline == "speech"
+    names = ("commands", "digits") if loaded.spec.name == "words" else ("librispeech",)
+    data = data or [RECORDINGS / name for name in names]
+    signal = speech(data, split) if is_speech else recording()
+    runs: list[Report] = []
+    wanted = _FIRST_STREAMS
+    while wanted and len(runs) < _MOST_RUNS:
+        run = _carry(model, loaded, signal, wanted, chunk_s, seconds)
+        runs.append(run)
+        if run["in_time"] and wanted >= _NEARLY * run["streams_per_core"]:
+            break
+        too_many = min((run["streams"] for run in runs if not run["in_time"]), default=math.inf)
+        possible = run.get("streams_per_core", math.inf)
+        more = math.floor(min(_FULL * possible, _LESS * too_many))
+        if run["in_time"] and more <= wanted:
+            break
+        wanted = more
+    best = max((run for run in runs if run["in_time"]), key=itemgetter("streams"), default=None)
+    if best is None:
+        raise MurmurError(f"{model}: one core does not carry {runs[-1]['streams']} in real time")
+    return {
+        # What was not tried is not promised.
+        "figure": min(best["streams_per_core"], best["streams"] / _NEARLY),
+        "what": "streams in real time that one core carries, the whole server",
+        "deadline_ms": loaded.spec.latency_ms,
+        "chunk_s": chunk_s,
+        **best,
+        "runs": runs,
+    }
+
+
+def _carry(
+    model: str, loaded: Model, signal: Signal, streams: int, chunk_s: float, seconds: float
+) -> Report:
+    """Pace some streams against a server on a core of its own, and say what that took."""
+    first, *others = sorted(os.sched_getaffinity(0), reverse=True)
+    if not others:
+        raise MurmurError("expected two cores, one of them for the load, found one")
+    with ExitStack() as stack:
+        with pinned({first}):
+            server = stack.enter_context(serving(model, max_load=1e9, max_streams=streams))
+        stack.enter_context(pinned(set(others)))
+        chunk = round(chunk_s * signal.rate_hz)
+        try:
+            generator = Load(server.address, loaded.spec.name, signal, streams, chunk)
+            stack.callback(generator.close)
+            outcome, spent = _counted(generator, server, seconds)
+        except (Refused, Disconnected) as error:
+            return {"streams": streams, "in_time": False, "why": str(error)}
+        resident = server.counts().resident_bytes
+    cpu = spent.cpu_seconds / outcome.seconds
+    times = {"": outcome.latency, "final_": outcome.final_latency}
+    found = {
+        f"{kind}p{p}_ms": float(np.percentile(values, p) * 1e3)
+        for kind, values in times.items()
+        if len(values)
+        for p in (50, 95, 99)
+    }
+    return {
+        "streams": streams,
+        "in_time": all(value <= _LATE_MS for value in found.values()),
+        "streams_per_core": streams / cpu,
+        "server_cpu_s_per_s_of_sound": cpu / streams,
+        "server_cores": cpu,
+        "of_that_in_steps": spent.step_seconds / spent.cpu_seconds,
+        **found,
+        "results": len(outcome.latency),
+        "finals": len(outcome.final_latency),
+        "hops_late": spent.missed_deadlines / spent.rows,
+        "generator_late_sends": outcome.late_sends / outcome.chunks,
+        "rows_per_run": spent.rows_per_run,
+        "resident_mb": resident / 2**20,
     }
 
 

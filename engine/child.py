@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import urllib.request
@@ -23,6 +24,7 @@ class Counts(NamedTuple):
     steps: float
     missed_deadlines: float
     runs: Counter[tuple[int, int]]  # ONNX Runtime calls by their rows and hops
+    step_seconds: float  # of all steps together
 
     def since(self, before: "Counts") -> "Counts":
         """Return what has been added since an earlier moment."""
@@ -33,6 +35,7 @@ class Counts(NamedTuple):
             self.steps - before.steps,
             self.missed_deadlines - before.missed_deadlines,
             self.runs - before.runs,
+            self.step_seconds - before.step_seconds,
         )
 
     @property
@@ -95,6 +98,7 @@ class ServerProcess:
             values["murmur_batch_rows_count"],
             values["murmur_missed_deadlines_total"],
             runs,
+            values["murmur_step_seconds_sum"],
         )
 
     def stop(self) -> int:
@@ -106,6 +110,17 @@ class ServerProcess:
             self._process.kill()
             self._process.communicate()
         return self._process.returncode
+
+
+@contextlib.contextmanager
+def pinned(cores: set[int]) -> Iterator[None]:
+    """Keep this thread, and what it starts meanwhile, to some cores."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 @contextlib.contextmanager

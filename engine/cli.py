@@ -493,6 +493,24 @@ def bench_load(
     _report(lambda: bench.load(model, streams, seconds), as_json)
 
 
+@bench_app.command("capacity")
+def bench_capacity(
+    model: SpeechModel = "english",
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Manifest of speech, as of 'evaluate speech'; can be repeated."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of the manifests.")] = "valid",
+    chunk_ms: Annotated[float, typer.Option(min=1, help="Of signal, in each chunk.")] = 100,
+    seconds: Annotated[float, typer.Option(min=1, help="Of each of some runs.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Streams that one core carries in real time: the whole server, on a core of its own."""
+    from engine import bench
+
+    _report(lambda: bench.capacity(model, data or (), split, chunk_ms / 1000, seconds), as_json)
+
+
 @bench_app.command("parity")
 def bench_parity(model: Model = "heart", as_json: Json = False) -> None:
     """Largest difference: cut against whole, batched against alone, resumed against unbroken."""

@@ -32,7 +32,8 @@ class Signal(NamedTuple):
 class Outcome(NamedTuple):
     """What a run of :class:`Load` saw; times are seconds."""
 
-    latency: NDArray[np.float64]  # chunk-to-event, one for each beat
+    latency: NDArray[np.float64]  # chunk-to-event, one for each beat or partial
+    final_latency: NDArray[np.float64]  # chunk-to-final, one for each final
     ack_latency: NDArray[np.float64]  # chunk-to-ack, one for each ack
     chunks: int
     late_sends: int  # chunks that the generator itself sent more than 5 ms late
@@ -71,6 +72,7 @@ class Load:
         self._acked = [-1] * num_streams
         self._opened = 0
         self._latency: list[float] = []
+        self._final_latency: list[float] = []
         self._ack_latency: list[float] = []
         self._starts = np.linspace(0, len(signal.samples) - chunk_samples, num_streams).astype(int)
         self._context = zmq.Context()
@@ -106,12 +108,19 @@ class Load:
         self._pace(begin, interval, round(_LEARNING_S / interval))
         if on_start is not None:
             on_start()
-        self._latency.clear()
-        self._ack_latency.clear()
+        for latency in (self._latency, self._final_latency, self._ack_latency):
+            latency.clear()
         total = round(seconds / interval)
         late = self._pace(begin + _LEARNING_S, interval, total)
         self._settle()
-        return Outcome(np.array(self._latency), np.array(self._ack_latency), total, late, seconds)
+        return Outcome(
+            np.array(self._latency),
+            np.array(self._final_latency),
+            np.array(self._ack_latency),
+            total,
+            late,
+            seconds,
+        )
 
     def _pace(self, begin: float, interval: float, total: int) -> int:
         """Send so many chunks at their times; return how many were sent late."""
@@ -200,15 +209,21 @@ class Load:
                 self._acked[number] = message.seq
                 self._ack_latency.append(now - self._sent[number][message.seq])
             case messages.Beat():
-                # The chunk that held the last sample which the decision needed.
-                sent = self._sent[self._number[message.stream]]
-                self._latency.append(now - sent[(message.decided_at - 1) // self._chunk])
+                self._latency.append(self._since(message.stream, message.decided_at, now))
+            case messages.Partial():
+                self._latency.append(self._since(message.stream, message.index, now))
+            case messages.Final():
+                self._final_latency.append(self._since(message.stream, message.endpoint, now))
             case messages.Opened():
                 self._opened += 1
             case messages.Error():
                 raise Refused(message.code, message.reason)
             case messages.Closed():
                 raise Refused(message.reason, f"{message.stream} was closed")
+
+    def _since(self, stream: str, needed: int, now: float) -> float:
+        """Return the time since the chunk was sent that held the last sample which was needed."""
+        return now - self._sent[self._number[stream]][(needed - 1) // self._chunk]
 
 
 def _body(message: messages.Message) -> bytes:

