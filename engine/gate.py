@@ -11,11 +11,13 @@ from collections import Counter
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.errors import ModelFileError
 from engine.model_file import ModelSpec
 from engine.runtime import Outputs, Runtime
 
-VOICE = "voice"  # an output beside the model's: (rows, hops of the detector) bool
+VOICE = "voice"  # an output beside the model's: (rows, hops of the detector), 1 where there is some
 _NEVER = 1 << 30
+_UNLIKELY = -30.0  # natural log of any label's probability where nobody speaks
 
 
 class GatedRuntime:
@@ -28,6 +30,11 @@ class GatedRuntime:
     model, detector : Runtime
         Of as many slots each. The detector's windows end where the model's do.
     detector_spec : ModelSpec
+
+    Raises
+    ------
+    ModelFileError
+        If the detector gives anything but one probability a hop.
     """
 
     def __init__(
@@ -46,8 +53,24 @@ class GatedRuntime:
         self._hold = round(self.gate.hold_s * spec.input.rate_hz / self._hop)
         self._voiced = np.zeros(self.num_slots, bool)  # what the last hop was
         self._quiet = np.full(self.num_slots, _NEVER)  # hops since the last voice
-        (output,) = (output for output in spec.outputs if output.meaning == "ctc")
-        self._scores, self._labels = output.name, len(output.labels)
+        (self._scores,) = (one.name for one in spec.outputs if one.meaning == "ctc")
+        (heard,) = self._first(detector, detector_spec, self._output)
+        if heard.size != 1:
+            raise ModelFileError(
+                f"gate.model: expected one probability a hop, found {heard.size} values"
+            )
+        # What is said where nobody speaks: the blank, in as many frames as the model has.
+        self._nothing = np.full_like(self._first(model, spec, self._scores), _UNLIKELY)
+        self._nothing[:, :, 0] = 0.0  # the blank is the first label
+
+    def _first(self, runtime: Runtime, spec: ModelSpec, output: str) -> NDArray[np.float32]:
+        """Return an output of one row's first step, in silence, as if it had not been taken."""
+        silence = np.zeros((1, spec.window_samples, spec.input.channels), np.float32)
+        runtime.reset(0)
+        found = runtime.step(np.array([0]), silence)[output]
+        runtime.reset(0)
+        runtime.runs.clear()
+        return found
 
     def reset(self, slot: int) -> None:
         """Close a row's gate and forget all behind it."""
@@ -61,7 +84,7 @@ class GatedRuntime:
         Returns
         -------
         dict
-            The model's outputs, of rows whose gate is shut the blank's certainty, and
+            The model's scores, of rows whose gate is shut the blank's certainty, and
             :data:`VOICE`.
         """
         voice = self._hear(slots, windows)
@@ -73,18 +96,10 @@ class GatedRuntime:
         is_open = was_open | (last > 0)
         for slot in slots[is_open & ~was_open].tolist():
             self.model.reset(slot)
-        scores = self._rest(len(slots))
+        scores = np.repeat(self._nothing, len(slots), axis=0)
         if is_open.any():
-            opened = self.model.step(slots[is_open], windows[is_open])[self._scores]
-            scores = np.broadcast_to(scores, (len(slots), *opened.shape[1:])).copy()
-            scores[is_open] = opened
-        return {self._scores: scores, VOICE: voice}
-
-    def _rest(self, rows: int) -> NDArray[np.float32]:
-        """Return the scores of rows in which nothing is said, (rows, 1, labels)."""
-        scores = np.full((rows, 1, self._labels), -30.0, np.float32)
-        scores[:, :, 0] = 0.0
-        return scores
+            scores[is_open] = self.model.step(slots[is_open], windows[is_open])[self._scores]
+        return {self._scores: scores, VOICE: voice.astype(np.float32)}
 
     def _hear(self, slots: NDArray[np.intp], windows: NDArray[np.float32]) -> NDArray[np.bool_]:
         """Return in which of the detector's hops there is voice, (rows, hops)."""

@@ -86,6 +86,7 @@ class Lane:
         return slot
 
     def close(self, slot: int) -> None:
+        self.wing.close(slot)
         self.slots.release(slot)
         del self.sessions[slot]
 
@@ -96,8 +97,8 @@ class Lane:
     def feed(self, slot: int) -> list[Message]:
         """Move what a stream has accepted into its row, as far as its order allows.
 
-        A gap, a flush and an end wait until every whole hop before them has been stepped.
-        The end stays in the inbox, for the caller to see.
+        A gap, a flush and an end wait until every whole hop before them has been stepped, and
+        its results are told. The end stays in the inbox, for the caller to see.
         """
         session = self.sessions[slot]
         told: list[Message] = []
@@ -155,12 +156,14 @@ class Lane:
 
     def collect(self) -> list[Told]:
         """Return results that took longer than their step, and what waited for them."""
-        told: list[Told] = []
-        for slot, message in self.wing.collect():
+        results = self.wing.collect()
+        told = [Told(self.sessions[slot], message) for slot, message in results]
+        for slot in dict.fromkeys(slot for slot, _ in results):
             session = self.sessions[slot]
-            told.append(Told(session, message))
-            if self._held[slot] and not self.wing.pending(slot):
-                told += [Told(session, each) for each in self.feed(slot)]
+            messages = self._ack(slot, session, int(self._position[slot]))
+            if self._held[slot]:
+                messages += self.feed(slot)
+            told += [Told(session, message) for message in messages]
         return told
 
     def remaining(self, slots: NDArray[np.intp]) -> NDArray[np.int64]:
@@ -173,11 +176,14 @@ class Lane:
         idle = slots[self._held[slots] & (self._fill[slots] < self.hop)]
         return [slot for slot in idle.tolist() if self.over(slot)]
 
+    def idle(self, slot: int) -> bool:
+        """Return whether a row has nothing to step, and nothing of what it stepped to tell."""
+        return not self.hops(slot) and not self.wing.pending(slot)
+
     def over(self, slot: int) -> bool:
-        """Return whether a row has nothing left to step, tell or wait for but its stream's end."""
+        """Return whether nothing is left of a stream but its end."""
         inbox = self.sessions[slot].inbox
-        ends = bool(inbox) and isinstance(inbox[0], End) and not self.hops(slot)
-        return ends and not self.wing.pending(slot)
+        return bool(inbox) and isinstance(inbox[0], End) and self.idle(slot)
 
     def _append(self, slot: int, values: NDArray[np.float32]) -> None:
         """Queue samples, for which there is room, at the end of a row."""
@@ -208,13 +214,15 @@ class Lane:
         self._mark[slot] = session.mark(position, ack)
 
     def _ack(self, slot: int, session: Session, position: int) -> list[Message]:
+        """Return the ack that is due, unless results of what it would name are still to come."""
+        if self.wing.pending(slot):
+            return []
         ack, mark = session.passed(position)
         self._mark[slot] = _NEVER if mark is None else mark
         return [] if ack is None else [ack]
 
     def _skip(self, slot: int, session: Session, lost: Lost) -> list[Message]:
         """Pass over lost samples; those before them that fill no hop are lost as well."""
-        told = self._ack(slot, session, _NEVER)
         position = int(self._position[slot])
         first = session.index_at(position) if self._fill[slot] else lost.start
         self._clear(slot)
@@ -223,6 +231,7 @@ class Lane:
             self.front.reset(slot)
             self.runtime.reset(slot)
         self.wing.gap(slot, self.spec.gap)
+        told = self._ack(slot, session, position)
         session.anchor(position, lost.end)
         return [*told, Gap(session.name, first, lost.end, self.spec.gap)]
 
@@ -240,9 +249,9 @@ class Lane:
         self._append(slot, padding)
 
     def _waits(self, slot: int, item: Item) -> bool:
-        """Return whether a flush or an end must wait for results that are still to come."""
-        through = isinstance(item, End) or (isinstance(item, Tail) and self._end[slot] != _NEVER)
-        return through and self.wing.pending(slot)
+        """Return whether an item must wait for results that are still to come."""
+        unpadded = isinstance(item, Tail) and self._end[slot] == _NEVER
+        return self.wing.pending(slot) and not unpadded
 
     def _finish(self, slot: int, session: Session, tail: Tail) -> list[Message]:
         """Answer a flush whose padding is through, and begin anew."""

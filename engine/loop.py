@@ -365,10 +365,11 @@ class Engine:
     def _collect(self, now: float) -> None:
         """Route results that took longer than their step."""
         for lane in self._lanes.values():
-            for session, message in lane.collect():
-                stream = self._streams[session.name]
-                self._route(stream, message)
-                self._advance(stream, lane, now)
+            told = lane.collect()
+            for session, message in told:
+                self._route(self._streams[session.name], message)
+            for name in dict.fromkeys(session.name for session, _ in told):
+                self._advance(self._streams[name], lane, now)
 
     def tick(self, now: float) -> None:
         """Give up peers and streams that have said nothing for too long. Call it once a second."""
@@ -387,14 +388,15 @@ class Engine:
         self.metrics.dropped_peers += 1
         self.metrics.peers = len(self.peers)
 
-    def drain(self) -> bool:
+    def drain(self, at_once: bool = False) -> bool:
         """Open nothing more; return whether all that has arrived is through.
 
-        A stream that has nothing left to step is closed with the reason ``draining``.
+        A stream that has nothing left to step or to tell, or any ``at_once``, is closed with the
+        reason ``draining``.
         """
         self.draining = True
         for stream in list(self._streams.values()):
-            if not self._lanes[stream.lane].hops(stream.slot):
+            if at_once or self._lanes[stream.lane].idle(stream.slot):
                 self._end(stream, "draining")
         return not self._streams
 

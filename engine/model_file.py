@@ -126,7 +126,7 @@ class ModelSpec(_Statement, frozen=True):
     gap: Literal["hold", "reset"] = "reset"  # the state after lost samples
     latency_ms: Positive = 100.0  # default budget from a chunk's arrival to its events
     priority: Annotated[int, Meta(ge=0, le=9)] = 5  # under overload, lower goes first
-    gate: Gate | None = None  # of the pipeline speech
+    gate: Gate | None = None  # of the pipeline speech only
     decoding: Decoding = Decoding()  # of the pipeline speech
 
     @property
@@ -185,8 +185,7 @@ def load(path: Path | str, provider: str = "cpu") -> Model:
     """
     path = find(path)
     try:
-        read = _load_statement if path.suffix == ".toml" else _load_onnx
-        model = read(path, provider)._replace(folder=path.parent)
+        model = _read(path, provider)
         if model.spec.gate is None:
             return model
         return model._replace(gate=_load_gate(model.spec, model.spec.gate, path.parent, provider))
@@ -196,19 +195,23 @@ def load(path: Path | str, provider: str = "cpu") -> Model:
 
 def _load_gate(spec: ModelSpec, gate: Gate, folder: Path, provider: str) -> Model:
     beside = folder / gate.model
-    model = load(beside if beside.is_file() else gate.model, provider)
+    path = beside if beside.is_file() else find(gate.model)
+    model = _read(path, provider)
     detector = model.spec
+    if detector.gate is not None:
+        raise ModelFileError(
+            f"gate.model: expected no gate of its own, found {detector.gate.model}"
+        )
     if detector.input != spec.input or spec.hop_samples % detector.hop_samples:
         raise ModelFileError(
-            f"gate.model: expected the model's input and a hop that divides {spec.hop_samples}, "
-            f"found {detector.input} and {detector.hop_samples}"
+            f"gate.model: expected the model's input ({spec.input}) and a hop that divides "
+            f"{spec.hop_samples}, found {detector.input} and {detector.hop_samples}"
         )
     overlap = detector.window_samples - detector.hop_samples
     most = spec.window_samples - spec.hop_samples
-    if detector.gate is not None or overlap > most:
+    if overlap > most:
         raise ModelFileError(
-            f"gate.model: expected no gate, and windows that overlap by at most {most} samples, "
-            f"found {overlap}"
+            f"gate.model: expected windows that overlap by at most {most} samples, found {overlap}"
         )
     return model
 
@@ -325,6 +328,12 @@ def open_session(
         raise ModelFileError(f"expected an ONNX model, found: {first_line}") from None
 
 
+def _read(path: Path, provider: str) -> Model:
+    """Read a model file, but not its gate."""
+    read = _load_statement if path.suffix == ".toml" else _load_onnx
+    return read(path, provider)._replace(folder=path.parent)
+
+
 def _load_onnx(path: Path, provider: str) -> Model:
     graph = path.read_bytes()
     session = open_session(graph, provider)
@@ -435,6 +444,10 @@ def _check_statement(spec: ModelSpec) -> None:
             raise ModelFileError(
                 f"outputs: the pipeline {spec.pipeline!r} expects one that means {meaning!r}"
             )
+    if spec.pipeline == "speech":
+        _check_speech(spec)
+    elif spec.gate is not None:
+        raise ModelFileError(f"gate: expected the pipeline 'speech', found {spec.pipeline!r}")
     for output in spec.outputs:
         if output.meaning == "ctc" and (len(output.labels) < 2 or output.labels[0]):
             raise ModelFileError(
@@ -446,6 +459,30 @@ def _check_statement(spec: ModelSpec) -> None:
         raise ModelFileError(
             f"look_ahead_samples: expected window less hop ({overlap}) for the pipeline 'audio', "
             f"found {spec.look_ahead_samples}"
+        )
+
+
+def _check_speech(spec: ModelSpec) -> None:
+    meanings = [output.meaning for output in spec.outputs]
+    if meanings.count("ctc") != 1:
+        raise ModelFileError(f"outputs: expected one that means 'ctc', found {meanings}")
+    if spec.input.channels != 1:
+        raise ModelFileError(f"input.channels: speech expects 1, found {spec.input.channels}")
+    if spec.decoding.language_model and not spec.decoding.beam:
+        raise ModelFileError("decoding.language_model: expected a beam beside it, found 0")
+    gate = spec.gate
+    if gate is None:
+        return
+    if gate.release > gate.threshold:
+        raise ModelFileError(
+            f"gate.release: expected at most the threshold ({gate.threshold:g}), "
+            f"found {gate.release:g}"
+        )
+    look_ahead_s = spec.look_ahead_samples / spec.input.rate_hz
+    if gate.hold_s < look_ahead_s:
+        raise ModelFileError(
+            f"gate.hold_s: expected the look-ahead ({look_ahead_s:g} s) at least, "
+            f"found {gate.hold_s:g}"
         )
 
 

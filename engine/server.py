@@ -120,7 +120,7 @@ class Server:
         stopped = math.inf
         arrival = time.monotonic()
         while True:
-            self._receive(arrival)
+            all_read = self._receive(arrival)
             # What comes during a step or a deaf pause is taken to have come at its beginning: its
             # deadline counts from then, so that no one is late for having been left in the socket.
             arrival = now = time.monotonic()
@@ -131,12 +131,15 @@ class Server:
             if self._stopping:
                 stopped = min(stopped, now)
                 self.engine.draining = True
-            drained = now > stopped + _GRACE_S and self.engine.drain()
+            late = now > stopped + self.config.limits.drain_s
+            graced = late or (all_read and now > stopped + _GRACE_S)
+            drained = graced and self.engine.drain(at_once=late)
             self._send()
-            if drained or now > stopped + self.config.limits.drain_s:
+            if drained:
                 return
+            next_tick = min(next_tick, now + _GRACE_S) if self._stopping else next_tick
             left_s = min(next_tick, pause.until) - time.monotonic()
-            if left_s > 0 and not self._stopping:
+            if left_s > 0:
                 (signals if pause.deaf else arrivals).poll(math.ceil(left_s * 1000))
                 self._hush()
                 if not pause.deaf:
@@ -147,19 +150,20 @@ class Server:
         with contextlib.suppress(BlockingIOError):
             self._woken.recv(4096, socket.MSG_DONTWAIT)
 
-    def _receive(self, arrival: float) -> None:
-        """Hand what has come to the engine."""
+    def _receive(self, arrival: float) -> bool:
+        """Hand what has come to the engine; return whether that was all."""
         until = time.monotonic() + _LONGEST_DRAIN_S
         while time.monotonic() < until:
             try:
                 peer = self._clients.recv(zmq.NOBLOCK)
             except zmq.Again:
-                return
+                return True
             body = self._clients.recv()
             while _option(self._clients, zmq.RCVMORE):
                 self._clients.recv()
                 body = b""  # the engine refuses it
             self.engine.receive(peer, body, arrival)
+        return False
 
     def _send(self) -> None:
         for topic, body in self.engine.published:

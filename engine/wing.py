@@ -58,7 +58,16 @@ class Wing(Protocol):
     share: float
 
     def open(self, slot: int, timeline: Timeline, request: Open) -> None:
-        """Begin a stream, with what its open asks for; a reset follows."""
+        """Begin a stream, with what its open asks for; a reset follows.
+
+        Raises
+        ------
+        Refused
+            If that cannot be done; the row stays free.
+        """
+
+    def close(self, slot: int) -> None:
+        """Let go of a stream, of which no more is to be told."""
 
     def reset(self, slot: int) -> None:
         """Forget all: a new stream, or the same one after a flush."""
@@ -87,6 +96,9 @@ class PromptWing:
 
     def open(self, slot: int, timeline: Timeline, request: Open) -> None:
         """Nothing is asked for."""
+
+    def close(self, slot: int) -> None:
+        """Nothing is left."""
 
     def pending(self, slot: int) -> bool:
         return False

@@ -1,6 +1,7 @@
 """An engine without sockets, under a clock that the test sets; peers have names."""
 
 import math
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,10 +11,10 @@ from numpy.typing import NDArray
 
 from engine import messages as m
 from engine import model_file
-from engine.config import Limits
+from engine.config import Config, Limits
 from engine.loop import Engine
 from engine.metrics import Metrics
-from engine.runtime import CpuRuntime
+from engine.server import runtime
 
 Kind = TypeVar("Kind", bound=m.Message)
 
@@ -26,13 +27,15 @@ class Driven:
 
     def __init__(self, *paths: Path, **limits: Any) -> None:
         bounds = Limits(**(_AMPLE | limits))
-        served = [
-            (model, CpuRuntime(model, bounds.max_streams)) for model in map(model_file.load, paths)
-        ]
-        self.runtimes = [runtime for _, runtime in served]
+        config = Config(threads=1, limits=bounds)
+        served = [(model, runtime(model, config)) for model in map(model_file.load, paths)]
+        self.runtimes = [each for _, each in served]
         self.metrics = Metrics()
         self.now = 1000.0
-        self.engine = Engine(served, bounds, self.metrics, clock=lambda: self.now)
+        self._woken = threading.Event()
+        self.engine = Engine(
+            served, bounds, self.metrics, clock=lambda: self.now, wake=self._woken.set
+        )
         self._heard: dict[str, list[Any]] = {}
 
     def say(self, peer: str, *requests: m.Message) -> None:
@@ -70,6 +73,15 @@ class Driven:
         """Turn until nothing waits."""
         while self.turn():
             pass
+
+    def settle(self) -> None:
+        """Turn until nothing waits, nor is on its way in another thread."""
+        self.run()
+        lanes = self.engine._lanes.values()
+        while any(lane.wing.pending(slot) for lane in lanes for slot in lane.sessions):
+            assert self._woken.wait(20.0), "results did not come"
+            self._woken.clear()
+            self.run()
 
     def heard(self, peer: str) -> list[Any]:
         """Return all that a peer was told since the beginning."""

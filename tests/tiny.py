@@ -136,6 +136,107 @@ def smoother(window: int) -> onnx.ModelProto:
     return made
 
 
+ALPHABET = ("", " ", "a", "b", "c", "d")
+FRAME = 4
+VOICE_HOP = 10  # of the detector: a hop of the model is two of them, and not whole frames
+
+
+def talker(look_ahead: int) -> onnx.ModelProto:
+    """A recogniser of signals that are what they say: the mean of a frame is its label's number.
+
+    It decides so many samples behind the signal, which its state carries.
+    """
+    tensor = helper.make_tensor_value_info
+    constants = {
+        "labels": np.arange(len(ALPHABET), dtype=np.float32).reshape(1, 1, -1),
+        "sharp": np.array(-8.0, np.float32),
+        "cut": np.array([0, -1, FRAME]),
+        "zero": np.array([0]),
+        "one": np.array([1]),
+        "late": np.array([-look_ahead]),
+        "never": np.array([2**31 - 1]),
+    }
+    nodes = [
+        helper.make_node("Concat", ["past", "x"], ["known"], axis=1),
+        helper.make_node("Slice", ["known", "late", "never", "one"], ["past_next"]),
+        helper.make_node("Slice", ["known", "zero", "late", "one"], ["now"]),
+    ]
+    state = ["batch", look_ahead, 1]
+    nodes += [
+        helper.make_node("Reshape", ["now" if look_ahead else "x", "cut"], ["frames"]),
+        helper.make_node("ReduceMean", ["frames"], ["mean"], axes=[2], keepdims=1),
+        helper.make_node("Sub", ["mean", "labels"], ["apart"]),
+        helper.make_node("Mul", ["apart", "apart"], ["square"]),
+        helper.make_node("Mul", ["square", "sharp"], ["logits"]),
+        helper.make_node("LogSoftmax", ["logits"], ["ctc"], axis=2),
+    ]
+    inputs = [tensor("x", TensorProto.FLOAT, ["batch", "samples", 1])]
+    outputs = [tensor("ctc", TensorProto.FLOAT, ["batch", "frames", len(ALPHABET)])]
+    if look_ahead:
+        inputs.append(tensor("past", TensorProto.FLOAT, state))
+        outputs.append(tensor("past_next", TensorProto.FLOAT, state))
+    made = helper.make_model(
+        helper.make_graph(
+            nodes if look_ahead else nodes[3:],
+            "talker",
+            inputs,
+            outputs,
+            [numpy_helper.from_array(value, name) for name, value in constants.items()],
+        ),
+        opset_imports=[helper.make_opsetid("", 17)],
+    )
+    made.ir_version = 9
+    return made
+
+
+def write_talker(folder: Path, name: str, look_ahead: int = 12, **changes: object) -> Path:
+    """Write a model of the pipeline speech; see :func:`talker`."""
+    state = State("past", "past_next", (look_ahead, 1)) if look_ahead else None
+    fields: dict[str, object] = {
+        "pipeline": "speech",
+        "input": Input(RATE_HZ, "1"),
+        "stages": (Stage("x", (HOP, 1), states=(state,) if state else ()),),
+        "outputs": (Output("ctc", "ctc", ALPHABET),),
+        "look_ahead_samples": look_ahead,
+    }
+    return write(folder, spec(name, **(fields | changes)), made=talker(look_ahead))
+
+
+def write_detector(
+    folder: Path, name: str = "detector", values: int = 1, **changes: object
+) -> Path:
+    """Write a detector of voice: how loud the loudest sample of a hop is, at most 1."""
+    tensor = helper.make_tensor_value_info
+    made = helper.make_model(
+        helper.make_graph(
+            [
+                helper.make_node("Abs", ["x"], ["loud"]),
+                helper.make_node("ReduceMax", ["loud"], ["loudest"], axes=[1, 2], keepdims=0),
+                helper.make_node("Min", ["loudest", "most"], ["p"]),
+                helper.make_node("Reshape", ["p", "column"], ["one"]),
+                helper.make_node("Concat", ["one"] * values, ["voice"], axis=1),
+            ],
+            "detector",
+            [tensor("x", TensorProto.FLOAT, ["batch", "samples", 1])],
+            [tensor("voice", TensorProto.FLOAT, ["batch", values])],
+            [
+                numpy_helper.from_array(np.array(1.0, np.float32), "most"),
+                numpy_helper.from_array(np.array([-1, 1]), "column"),
+            ],
+        ),
+        opset_imports=[helper.make_opsetid("", 17)],
+    )
+    made.ir_version = 9
+    fields: dict[str, object] = {
+        "input": Input(RATE_HZ, "1"),
+        "hop_samples": VOICE_HOP,
+        "window_samples": VOICE_HOP,
+        "stages": (Stage("x", (VOICE_HOP, 1)),),
+        "outputs": (Output("voice", "scores"),),
+    }
+    return write(folder, spec(name, **(fields | changes)), made=made)
+
+
 def write(
     folder: Path,
     statement: ModelSpec | None = None,

@@ -1,9 +1,9 @@
-"""When each word of a known text was said: forced alignment to a CTC model's scores."""
+"""When each label of a known text was said: forced alignment to a CTC model's scores."""
 
 import numpy as np
 from numpy.typing import NDArray
 
-BLANK = 0
+from engine.speech.ctc import BLANK
 
 
 def align(log_probs: NDArray[np.float32], labels: list[int]) -> list[tuple[int, int]]:
@@ -26,25 +26,30 @@ def align(log_probs: NDArray[np.float32], labels: list[int]) -> list[tuple[int, 
     The Viterbi algorithm over labels with blanks between (Graves et al. 2006, section 4).
     """
     frames, count = len(log_probs), len(labels)
-    states = np.zeros(2 * count + 1, np.intp)
+    if not frames or not count:
+        return []
+    states = np.full(2 * count + 1, BLANK)
     states[1::2] = labels
-    doubled = np.zeros(len(states), bool)  # may be entered from two states back
-    doubled[3::2] = states[3::2] != states[1:-2:2]
+    emitted = log_probs[:, states].astype(np.float64)
+    barred = np.full(len(states), -np.inf)  # from being entered from two states back
+    barred[3::2] = np.where(states[3::2] != states[1:-2:2], 0.0, -np.inf)
     scores = np.full(len(states) + 2, -np.inf)  # two of them before the first
-    scores[2:4] = log_probs[0, states[:2]] if frames else -np.inf
+    scores[2:4] = emitted[0, :2]
     back = np.zeros((frames, len(states)), np.int8)
     for frame in range(1, frames):
-        ways = np.stack([scores[2:], scores[1:-1], np.where(doubled, scores[:-2], -np.inf)])
-        back[frame] = ways.argmax(axis=0)
-        scores[2:] = ways.max(axis=0) + log_probs[frame, states]
-    final = scores[-2:] if count else scores[2:]
-    if not count or not np.isfinite(final).any():
+        stay, step, skip = scores[2:], scores[1:-1], scores[:-2] + barred
+        best = np.maximum(stay, step)
+        back[frame] = step > stay
+        back[frame, skip > best] = 2
+        scores[2:] = np.maximum(best, skip) + emitted[frame]
+    last_label, last_blank = scores[-2:]
+    if max(last_label, last_blank) == -np.inf:
         return []
-    state = len(states) - 1 - int(scores[-2] > scores[-1])
-    spans = [[frames, 0] for _ in labels]
+    state = len(states) - 1 - int(last_label > last_blank)
+    path = np.empty(frames, np.intp)
     for frame in range(frames - 1, -1, -1):
-        if state % 2:
-            spans[state // 2][0] = frame
-            spans[state // 2][1] = max(spans[state // 2][1], frame + 1)
+        path[frame] = state
         state -= int(back[frame, state])
-    return [(first, last) for first, last in spans]
+    said = 2 * np.arange(count) + 1
+    first, last = np.searchsorted(path, said), np.searchsorted(path, said, "right")
+    return list(zip(first.tolist(), last.tolist(), strict=True))

@@ -5,15 +5,16 @@ is heard in every hop of the detector, what is said comes out of the model later
 count samples. An endpoint is decided on the later one, the text's, so that no letter is late.
 """
 
+from bisect import bisect_left
 from typing import Literal, NamedTuple
 
 from engine.messages import Speech
 
+# A letter may be recognised so long after its sound: the text is read on until then.
+LATE_LETTER_S = 0.16
 # Towards the longest utterance an ever shorter pause will do for an endpoint, from here on.
 _IMPATIENT_S = 4.0
 _SHORTEST_PAUSE_S = 0.16
-# A letter may be recognised so long after its sound: the text is read on until then.
-_LATE_LETTER_S = 0.16
 
 
 Reason = Literal["silence", "length", "flush", "gap", "nothing"]
@@ -24,7 +25,8 @@ class Endpoint(NamedTuple):
 
     start: int  # where voice began
     end: int  # after its last
-    cut: int  # what the text's clock reads: letters from here on are the next utterance's
+    cut: int  # letters from here on are the next utterance's
+    quiet: int  # from the end to here there is no voice
     reason: Reason
 
 
@@ -51,7 +53,7 @@ class Endpointer:
             min(_IMPATIENT_S, rules.max_utterance_s / 2) * rate_hz
         )
         self._shortest = min(self._silence, round(_SHORTEST_PAUSE_S * rate_hz))
-        self._late = round(_LATE_LETTER_S * rate_hz)
+        self._late = round(LATE_LETTER_S * rate_hz)
         self.spans: list[list[int]] = []
 
     @property
@@ -59,18 +61,14 @@ class Endpointer:
         """Whether an utterance has begun and is not over."""
         return bool(self.spans)
 
-    def hear(self, begin: int, end: int, voice: bool) -> None:
-        """Note whether there is voice in the samples from one position to another."""
-        if not voice:
+    def hear(self, begin: int, end: int) -> None:
+        """Note voice, behind all that was noted before; an empty stretch is none."""
+        if begin >= end:
             return
         if self.spans and self.spans[-1][1] == begin:
             self.spans[-1][1] = end
         else:
             self.spans.append([begin, end])
-
-    def pause(self, known: int) -> int:
-        """Return for how long there has been no voice, when voice is known up to a position."""
-        return known - self.spans[-1][1] if self.spans else 0
 
     def decide(self, clock: int, known: int, says_something: bool) -> Endpoint | None:
         """Return the endpoint that has come, if one has.
@@ -80,27 +78,37 @@ class Endpointer:
         clock : int
             Text is known up to this position.
         known : int
-            Voice is known up to this one, which is not before `clock`.
+            And voice up to this one.
         says_something : bool
             Whether the utterance has any text by now.
         """
-        begun = [number for number, span in enumerate(self.spans) if span[0] < clock]
-        if not begun:
+        if not self.spans or self.spans[0][0] >= clock:
             return None
-        start, last = self.spans[0][0], begun[-1]
-        end = self.spans[last][1]
-        if clock - start >= self._longest:
-            return Endpoint(start, min(end, clock), clock, "length")
-        resumed = self.spans[last + 1][0] if last + 1 < len(self.spans) else known
-        pause = resumed - end
-        if clock < end + min(self._late, pause // 2):
+        found = self.at(clock, known, "silence" if says_something else "nothing")
+        length, pause = clock - found.start, found.quiet - found.end
+        if length >= self._longest:
+            return found._replace(reason="length") if says_something else found
+        if clock < found.end + min(self._late, pause // 2):
             return None
-        if not says_something:
-            silent = resumed == known and pause >= self._empty
-            return Endpoint(start, end, clock, "nothing") if silent else None
-        if pause >= self._wanted(clock - start):
-            return Endpoint(start, end, clock, "silence")
-        return None
+        wanted = self._wanted(length) if says_something else self._empty
+        return found if pause >= wanted else None
+
+    def at(self, cut: int, known: int, reason: Reason) -> Endpoint:
+        """Return the endpoint at a place behind the utterance's beginning.
+
+        Parameters
+        ----------
+        cut : int
+        known : int
+            Voice is known up to this position.
+        reason : str
+        """
+        begun = bisect_left(self.spans, [cut])
+        start, end = self.spans[0][0], self.spans[begun - 1][1]
+        if end >= cut:
+            return Endpoint(start, cut, cut, cut, reason)
+        quiet = self.spans[begun][0] if begun < len(self.spans) else known
+        return Endpoint(start, end, cut, quiet, reason)
 
     def _wanted(self, length: int) -> int:
         """Return how long a pause ends an utterance of that length."""
@@ -110,7 +118,6 @@ class Endpointer:
         left = 1 - over / (self._longest - self._impatient)
         return max(self._shortest, round(left * self._silence))
 
-    def end(self, endpoint: Endpoint) -> None:
+    def end(self, cut: int) -> None:
         """Forget what lies before an endpoint."""
-        cut = endpoint.cut
         self.spans = [[max(begin, cut), end] for begin, end in self.spans if end > cut]

@@ -9,12 +9,13 @@ as a better partial. A final depends on the samples of its utterance alone, neve
 """
 
 import logging
+import math
 import os
-import re
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -27,8 +28,8 @@ from engine.model_file import Model
 from engine.speech import ngram
 from engine.speech.alignment import align
 from engine.speech.beam import BeamDecoder
-from engine.speech.ctc import BLANK, SEPARATOR, GreedyDecoder
-from engine.speech.endpoint import Endpoint, Endpointer, Reason
+from engine.speech.ctc import BLANK, SEPARATOR, GreedyDecoder, Spoken
+from engine.speech.endpoint import LATE_LETTER_S, Endpoint, Endpointer, Reason
 from engine.speech.language import LabelModel, WordModel
 from engine.wing import Outputs, Rows, Timeline
 
@@ -46,18 +47,38 @@ _BLANK = 0.5
 # Words of a pause that did not last stay; those heard from this long before its end are new.
 _SEAM_S = 0.1
 
-Words = list[tuple[str, int, int, float]]  # text, first and last position, confidence
+Scores = NDArray[np.float32]  # (frames, labels), natural logarithms
+
+
+class _Placed(NamedTuple):
+    """A word; positions in samples of the model."""
+
+    text: str
+    begin: int
+    end: int
+    confidence: float
+
+
+class _Heard(NamedTuple):
+    """What a step brought of one stream."""
+
+    scores: Scores
+    voice: NDArray[Any]  # (hops,), not 0 where there is some
+    clock: int  # position that the first frame is about
+    end: int  # where a flush's padding begins
 
 
 class _Ended(NamedTuple):
     """An utterance that is over, and the words that are still to come."""
 
-    final: Final  # without its text
-    begin: int  # position of `first`: between the two clocks lies a straight line
-    first: int  # the client's index
+    final: Final  # without its words
     rate_hz: float  # the client's
-    heard: Words  # by the letters alone
-    words: Future[Words] | None
+    start: int  # position of the final's start: between the two clocks lies a straight line
+    bounds: tuple[int, int]  # positions between which all words lie
+    heard: list[_Placed]  # by the letters alone
+    scores: Scores
+    first: int  # position that the first frame is about
+    attempt: "Future[Transcript] | None"
 
 
 class _Stream:
@@ -67,24 +88,44 @@ class _Stream:
         self.timeline, self.rules = timeline, rules
         self.endpointer = Endpointer(rules, rate_hz)
         self.utterance = 0
-        self.audio: deque[NDArray[np.float32]] = deque()
-        self.audio_end = 0
+        self.position = 0  # after the last sample
+        self.audio: deque[NDArray[np.float32]] = deque()  # the last of them, for the second pass
         self.ended: deque[_Ended] = deque()
+        self.shown = (0, "")  # the last partial's utterance and text
+        self.attempts: dict[int, Future[Transcript]] = {}  # by where their voice ends
         self.begin_anew(0)
 
     def begin_anew(self, cut: int) -> None:
         """Forget an utterance; what the next is made of lies behind a position."""
         self.earliest = cut
-        self.first = 0  # position of the decoder's frame 0
-        self.scores: list[NDArray[np.float32]] = []  # of the decoder's frames
-        self.attempts: dict[int, Future[Transcript]] = {}  # by where their voice ends
-        self.better: tuple[int, Transcript] | None = None  # the last one that is through
-        self.shown = ""
+        self.first = 0  # position that the decoder's frame 0 is about
+        self.scores: list[Scores] = []  # that the decoder has taken
+        self.give_up()
+        self.better: tuple[int, Transcript] | None = None  # the last attempt that is through
+
+    def give_up(self) -> None:
+        """Let go of attempts; those that have begun go on, and nobody looks at them."""
+        for attempt in self.attempts.values():
+            attempt.cancel()
+        self.attempts = {}
+
+    def remember(self, samples: NDArray[np.float32], oldest: int) -> None:
+        """Keep samples, and of the former ones those from a position on."""
+        self.audio.append(samples.copy())  # of the row alone, not of the whole batch
+        first = self.position - sum(map(len, self.audio))
+        while first + len(self.audio[0]) <= oldest:
+            first += len(self.audio.popleft())
+
+    def split(self, cut: int, frame: int) -> tuple[Scores, Scores]:
+        """Return the scores of an utterance, and those that lie behind its cut."""
+        scores = np.concatenate(self.scores)
+        frames = (cut - self.first) // frame
+        return scores[:frames], scores[frames:]
 
     def samples(self, begin: int, end: int) -> NDArray[np.float32]:
         """Return the samples between two positions, as far as they are kept."""
         kept = np.concatenate(self.audio)
-        first = self.audio_end - len(kept)
+        first = self.position - len(kept)
         return kept[max(0, begin - first) : max(0, end - first)]
 
 
@@ -104,11 +145,16 @@ class SpeechWing:
         self._wake = wake
         self._rate_hz = spec.input.rate_hz
         self._min_confidence = spec.decoding.min_confidence
-        self.delay = spec.look_ahead_samples
+        self._late = round(LATE_LETTER_S * self._rate_hz)
+        self._look_ahead = spec.look_ahead_samples
+        self.delay = self._look_ahead + self._late
         # With a gate, voice is known further than the text.
-        self._ahead = spec.look_ahead_samples if spec.gate else 0
+        self._ahead = self._look_ahead if spec.gate else 0
         (output,) = (output for output in spec.outputs if output.meaning == "ctc")
-        self._output, self._labels = output.name, output.labels
+        self._output = output.name
+        letters = {text.lower(): label for label, text in enumerate(output.labels)}
+        self._separator = [letters.pop(SEPARATOR)] if SEPARATOR in letters else []
+        self._letters = letters
         self._decoder = _decoder(model, num_slots)
         self._streams: dict[int, _Stream] = {}
         self._waiting: set[int] = set()  # slots with finals to come
@@ -118,7 +164,7 @@ class SpeechWing:
         self._second = _second(model.folder / folder) if folder else None
         self._num_workers = len(os.sched_getaffinity(0))
         self._workers = ThreadPoolExecutor(self._num_workers, "second-pass")
-        self._running = 0  # attempts of the second pass
+        self._attempts: list[Future[Transcript]] = []  # that were running when one was begun
         self.share = self._measure() / self._num_workers
 
     # --- one stream ------------------------------------------------------------------------
@@ -134,20 +180,31 @@ class SpeechWing:
         rules = request.speech or Speech()
         self._decoder.open(slot, rules)
         self._streams[slot] = _Stream(timeline, rules, self._rate_hz)
+
+    def close(self, slot: int) -> None:
+        """Let go of a stream and of the finals that are still to come."""
+        stream = self._streams.pop(slot)
+        stream.give_up()
+        for ended in stream.ended:
+            if ended.attempt is not None:
+                ended.attempt.cancel()
         self._waiting.discard(slot)
 
     def reset(self, slot: int) -> None:
         """Begin anew, after a flush; utterances count on."""
-        old = self._streams[slot]
-        self._streams[slot] = new = _Stream(old.timeline, old.rules, self._rate_hz)
-        new.utterance, new.ended = old.utterance, old.ended
-        new.begin_anew(old.audio_end)
+        stream = self._streams[slot]
+        stream.endpointer.spans = []
+        stream.audio.clear()
+        stream.begin_anew(stream.position)
         self._decoder.reset(slot)
 
     def gap(self, slot: int, state: Gapped) -> None:
         """End what was being said: what is lost may have been a part of it."""
         stream = self._streams[slot]
-        self._stop(slot, stream, stream.audio_end, "gap")
+        if stream.endpointer.speaking:
+            reason: Reason = "gap" if self._says(slot, stream) else "nothing"
+            last = stream.position
+            self._end(slot, stream, stream.endpointer.at(last, last, reason), last, last)
         self.reset(slot)
 
     def pending(self, slot: int) -> bool:
@@ -159,234 +216,235 @@ class SpeechWing:
     def push(self, rows: Rows, outputs: Outputs) -> list[tuple[int, Message]]:
         """Return the partials that a step brought; finals come from :meth:`collect`."""
         scores = outputs[self._output]
-        length, frames = rows.samples.shape[1], scores.shape[1]
-        self._frame = length // frames
-        voice = np.asarray(outputs.get(VOICE, scores[:, :, BLANK] < np.log(_BLANK)), bool)
-        clocks = (rows.start - self.delay).tolist()
-        told: list[tuple[int, Message]] = []
-        undivided = []
+        voice: NDArray[Any] | None = outputs.get(VOICE)
+        if voice is None:
+            voice = scores[:, :, BLANK] < math.log(_BLANK)
+        length = rows.samples.shape[1]
+        self._frame = length // scores.shape[1]
+        voiced = set(np.nonzero(voice)[0].tolist())
+        starts, ends = rows.start.tolist(), rows.end.tolist()
+        awake, undivided = [], []
         for row, slot in enumerate(rows.slots.tolist()):
             stream = self._streams[slot]
-            self._hear(stream, rows, row, voice[row], clocks[row] + self._ahead)
-            if not stream.endpointer.speaking:
+            stream.position = starts[row] + length
+            if self._second is not None:
+                spans = stream.endpointer.spans
+                oldest = spans[0][0] if spans else starts[row] - self._look_ahead
+                stream.remember(rows.samples[row, :, 0], oldest - self._margin)
+            if not (row in voiced or stream.endpointer.speaking):
                 continue
-            if self._divide(slot, stream, scores[row], clocks[row], len(voice[row])):
+            awake.append(row)
+            clock = starts[row] - self._look_ahead
+            if self._listen(slot, stream, _Heard(scores[row], voice[row], clock, ends[row])):
                 undivided.append(row)
         self._decoder.push(rows.slots[undivided], scores[undivided])
-        for row, slot in enumerate(rows.slots.tolist()):
-            stream = self._streams[slot]
-            if not stream.endpointer.speaking:
-                continue
-            clock = clocks[row] + length
-            if clock >= rows.end[row]:
-                self._stop(slot, stream, int(rows.end[row]), "flush")
-            else:
-                self._try(stream, clock + self._ahead)
-                told += [(row, each) for each in self._partial(slot, stream, clock + self._ahead)]
-        return told
+        return [
+            (row, message)
+            for row in awake
+            for message in self._show(int(rows.slots[row]), int(rows.end[row]))
+        ]
 
-    def _hear(
-        self, stream: _Stream, rows: Rows, row: int, voice: NDArray[np.bool_], first: int
-    ) -> None:
-        """Note a step's samples, and in which parts of it there is voice, from a position on."""
-        samples = rows.samples[row, :, 0]
-        hop = len(samples) // len(voice)
-        low, high = int(rows.begin[row]), int(rows.end[row])
-        for number in np.flatnonzero(voice).tolist():
-            begin = max(first + number * hop, low)
-            end = min(first + (number + 1) * hop, high)
-            if begin < end:
-                stream.endpointer.hear(begin, end, True)
-        stream.audio_end = int(rows.start[row]) + len(samples)
-        if self._second is None:
-            return
-        stream.audio.append(samples)
-        spans = stream.endpointer.spans
-        oldest = (spans[0][0] if spans else stream.audio_end - self.delay) - 2 * self._margin
-        total = sum(map(len, stream.audio))
-        while stream.audio_end - total + len(stream.audio[0]) <= oldest:
-            total -= len(stream.audio.popleft())
-
-    def _divide(
-        self, slot: int, stream: _Stream, scores: NDArray[np.float32], clock: int, hops: int
-    ) -> bool:
-        """Look for endpoints, hop by hop of the voice.
+    def _listen(self, slot: int, stream: _Stream, heard: _Heard) -> bool:
+        """Follow voice and text, hop by hop of the voice, and end what is over.
 
         Returns
         -------
         bool
-            True: there is none, and the decoder may take all frames at once, with other rows'.
-            False: it has taken them.
+            True: the decoder may take all frames at once, with other rows'. False: it has
+            taken what there is to take.
         """
-        hop = len(scores) * self._frame // hops
-        taken = 0
-        for number in range(1, hops + 1):
-            now = clock + number * hop
-            if stream.endpointer.decide(now, now + self._ahead, True) is None:
-                continue
-            until = number * hop // self._frame
-            self._take(slot, stream, scores[taken:until], clock + taken * self._frame)
-            taken = until
-            says = bool(self._words(slot, stream))
-            endpoint = stream.endpointer.decide(now, now + self._ahead, says)
-            if endpoint is not None:
-                self._end(slot, stream, endpoint, now + self._ahead)
-        if not taken:
-            self._keep(stream, scores, clock)
-            return True
-        if stream.endpointer.speaking:
+        scores, voice, clock, end = heard
+        endpointer = stream.endpointer
+        hop = len(scores) * self._frame // len(voice)
+        taken = max(0, (stream.earliest - clock) // self._frame)
+        for number, is_voice in enumerate(voice.tolist(), 1):
+            now, frames = clock + number * hop, number * hop // self._frame
+            known = min(now + self._ahead, end)
+            if is_voice:
+                endpointer.hear(max(now + self._ahead - hop, stream.earliest), known)
+            flushed = now >= end + self._late
+            while endpointer.speaking and (flushed or endpointer.decide(now, known, True)):
+                self._take(slot, stream, scores[taken:frames], clock + taken * self._frame)
+                taken = max(taken, frames)
+                says = self._says(slot, stream)
+                endpoint = endpointer.decide(now, known, says)
+                if flushed and endpoint is None:
+                    endpoint = endpointer.at(now, known, "flush" if says else "nothing")
+                if endpoint is None:
+                    break
+                self._end(slot, stream, endpoint, min(now + self._look_ahead, end), end)
+            if not endpointer.speaking:
+                taken = max(taken, frames)
+        if not endpointer.speaking:
+            return False
+        if taken:
             self._take(slot, stream, scores[taken:], clock + taken * self._frame)
-        return False
+        else:
+            self._keep(stream, scores, clock)
+        return not taken
 
-    def _take(self, slot: int, stream: _Stream, scores: NDArray[np.float32], position: int) -> None:
-        self._keep(stream, scores, position)
-        self._decoder.push(np.array([slot]), scores[None])
+    def _take(self, slot: int, stream: _Stream, scores: Scores, position: int) -> None:
+        if len(scores):
+            self._keep(stream, scores, position)
+            self._decoder.push(np.array([slot]), scores[None])
 
-    def _keep(self, stream: _Stream, scores: NDArray[np.float32], position: int) -> None:
-        """Remember the scores that the decoder takes, for the times of a final's words."""
+    def _keep(self, stream: _Stream, scores: Scores, position: int) -> None:
+        """Remember what the decoder takes: for words' times, and for what lies behind a cut."""
         if not stream.scores:
             stream.first = position
-        stream.scores.append(scores)
+        stream.scores.append(scores.copy())
 
-    def _words(self, slot: int, stream: _Stream, ended: bool = False) -> Words:
-        """Return what the decoder has read."""
+    def _says(self, slot: int, stream: _Stream) -> bool:
+        return bool(self._placed(stream, self._decoder.best(slot).words))
+
+    def _placed(self, stream: _Stream, words: Sequence[Spoken]) -> list[_Placed]:
+        """Return the words of which the decoder is sure enough."""
         return [
-            (
+            _Placed(
                 word.text,
                 stream.first + word.first * self._frame,
                 stream.first + word.last * self._frame,
                 word.confidence,
             )
-            for word in self._decoder.best(slot, ended).words
+            for word in words
             if word.confidence >= self._min_confidence
         ]
 
     # --- partials --------------------------------------------------------------------------
 
-    def _partial(self, slot: int, stream: _Stream, known: int) -> list[Message]:
-        if not stream.rules.partials:
+    def _show(self, slot: int, end: int) -> list[Message]:
+        """Return the partial that a step has brought, and let the second pass begin in a pause."""
+        stream = self._streams[slot]
+        known = min(stream.position, end)
+        text, stable = "", 0
+        if stream.endpointer.speaking:
+            spoken = self._decoder.best(slot).words
+            words = self._placed(stream, spoken)
+            stable = len(self._placed(stream, spoken[: self._decoder.stable_words(slot)]))
+            self._try(stream, known, bool(words))
+            texts = [word.text for word in words]
+            if stream.better is not None:
+                seam, transcript = stream.better
+                seam -= round(_SEAM_S * self._rate_hz)
+                texts = [transcript.text, *(word.text for word in words if word.begin >= seam)]
+                stable = len(transcript.words)
+            text = " ".join(filter(None, texts))
+        utterance, shown = stream.shown
+        if text == (shown if utterance == stream.utterance else "") or not stream.rules.partials:
             return []
-        words = self._words(slot, stream)
-        text, stable = "", self._decoder.stable_words(slot)
-        if stream.better is not None:
-            seam, transcript = stream.better
-            text = transcript.text + " "
-            stable = len(transcript.words)
-            words = [word for word in words if word[1] >= seam - _SEAM_S * self._rate_hz]
-        text = (text + " ".join(word[0] for word in words)).strip()
-        if text == stream.shown:
-            return []
-        stream.shown = text
-        timeline = stream.timeline
-        return [
-            Partial(timeline.name, stream.utterance, text, timeline.needed_until(known), stable)
-        ]
+        stream.shown = stream.utterance, text
+        index = _read(stream.timeline, known, end)
+        return [Partial(stream.timeline.name, stream.utterance, text, index, stable)]
 
-    def _try(self, stream: _Stream, known: int) -> None:
+    def _try(self, stream: _Stream, known: int, says_something: bool) -> None:
         """Let the second pass begin in a pause, and note what it has made of earlier ones."""
         for end, attempt in stream.attempts.items():
             if attempt.done() and attempt.exception() is None:
                 stream.better = (end, attempt.result())
-        spans = stream.endpointer.spans
-        if self._second is None or not stream.shown or known - spans[-1][1] < self._margin:
+        start, end = stream.endpointer.spans[0][0], stream.endpointer.spans[-1][1]
+        if self._second is None or not says_something or known < end + self._margin:
             return
-        end = spans[-1][1]
-        if end not in stream.attempts and self._running < self._num_workers:
-            stream.attempts[end] = self._attempt(stream, spans[0][0], end, end + self._margin)
+        running = sum(not attempt.done() for attempt in self._attempts)
+        if end not in stream.attempts and running < self._num_workers:
+            stream.attempts[end] = self._attempt(stream, start, end + self._margin)
 
-    def _attempt(self, stream: _Stream, start: int, end: int, last: int) -> Future[Transcript]:
-        """Start the second pass over the samples of an utterance."""
+    def _attempt(self, stream: _Stream, start: int, end: int) -> "Future[Transcript]":
+        """Start the second pass over an utterance."""
         assert self._second is not None
-        samples = stream.samples(max(stream.earliest, start - self._margin), last)
+        samples = stream.samples(max(stream.earliest, start - self._margin), end)
         draft = stream.better[1].tokens if stream.better else ()
-        self._running += 1
-        attempt = self._workers.submit(
-            self._second.transcribe, samples, draft, stream.rules.hotwords
-        )
-        attempt.add_done_callback(self._attempted)
+        hotwords = stream.rules.hotwords
+        attempt = self._workers.submit(self._second.transcribe, samples, draft, hotwords)
+        attempt.add_done_callback(lambda _: self._wake())
+        self._attempts = [one for one in self._attempts if not one.done()] + [attempt]
         return attempt
-
-    def _attempted(self, _: Future[Transcript]) -> None:
-        self._running -= 1
 
     # --- finals ----------------------------------------------------------------------------
 
-    def _stop(self, slot: int, stream: _Stream, cut: int, reason: Reason) -> None:
-        """End an utterance where its stream ends or breaks off."""
-        if stream.endpointer.speaking:
-            says = bool(self._words(slot, stream))
-            start, end = stream.endpointer.spans[0][0], stream.endpointer.spans[-1][1]
-            endpoint = Endpoint(start, min(end, cut), cut, reason if says else "nothing")
-            self._end(slot, stream, endpoint, cut)
+    def _end(self, slot: int, stream: _Stream, endpoint: Endpoint, known: int, end: int) -> None:
+        """Let the second pass say what an utterance was, and begin the next.
 
-    def _end(self, slot: int, stream: _Stream, endpoint: Endpoint, known: int) -> None:
-        """Let the second pass say what an utterance was, and begin the next."""
+        Parameters
+        ----------
+        slot, stream, endpoint
+        known : int
+            The samples before this position sufficed to know that it is over.
+        end : int
+            And there are none from this one on.
+        """
+        if endpoint.reason == "length":
+            endpoint = self._between_words(slot, stream, endpoint)
+        rest, cut = None, endpoint.cut
         if endpoint.reason != "nothing":
-            stream.ended.append(self._over(slot, stream, endpoint, known))
+            said, rest = stream.split(cut, self._frame)
+            final = self._announced(slot, stream, endpoint, _read(stream.timeline, known, end))
+            stream.ended.append(
+                _Ended(
+                    final=final,
+                    rate_hz=stream.timeline.rate_hz,
+                    start=endpoint.start,
+                    bounds=(stream.earliest, known),
+                    heard=self._before(cut, stream, self._decoder.best(slot, ended=True).words),
+                    scores=said,
+                    first=stream.first,
+                    attempt=self._last_attempt(stream, endpoint),
+                )
+            )
             stream.utterance += 1
             self._waiting.add(slot)
-        stream.endpointer.end(endpoint)
-        stream.begin_anew(endpoint.cut)
+        stream.endpointer.end(cut)
+        stream.begin_anew(cut)
         self._decoder.reset(slot)
+        if rest is not None:
+            self._take(slot, stream, rest, cut)
 
-    def _over(self, slot: int, stream: _Stream, endpoint: Endpoint, known: int) -> _Ended:
-        start, end, cut, reason = endpoint
-        assert reason != "nothing"
+    def _between_words(self, slot: int, stream: _Stream, endpoint: Endpoint) -> Endpoint:
+        """Lay an endpoint that comes by length before the last word, which may go on."""
+        words = self._placed(stream, self._decoder.best(slot).words)
+        if len(words) < 2:
+            return endpoint
+        frames = ((words[-2].end + words[-1].begin) // 2 - stream.first) // self._frame
+        cut = stream.first + frames * self._frame
+        if cut <= endpoint.start:
+            return endpoint
+        return stream.endpointer.at(cut, endpoint.cut, "length")
+
+    def _before(self, cut: int, stream: _Stream, words: Sequence[Spoken]) -> list[_Placed]:
+        return [word for word in self._placed(stream, words) if word.begin < cut]
+
+    def _announced(self, slot: int, stream: _Stream, endpoint: Endpoint, read: int) -> Final:
+        """Return all of a final but its words; ``read`` is the client's index."""
+        assert endpoint.reason != "nothing"
         timeline, count = stream.timeline, stream.rules.alternatives
         others = self._decoder.alternatives(slot, count) if count > 1 else []
-        index = timeline.index_at(start)
-        final = Final(
+        texts = [_text(self._before(endpoint.cut, stream, other.words)) for other in others]
+        return Final(
             stream=timeline.name,
             utterance=stream.utterance,
             text="",
-            start=index,
-            end=timeline.index_at(end),
-            endpoint=timeline.needed_until(known),
-            reason=reason,
+            start=timeline.index_at(endpoint.start),
+            end=timeline.index_at(endpoint.end),
+            endpoint=read,
+            reason=endpoint.reason,
             words=(),
-            alternatives=tuple(hypothesis.text for hypothesis in others),
+            alternatives=tuple(dict.fromkeys(texts)),
         )
-        heard = self._words(slot, stream, ended=True)
-        words = None
-        if self._second is not None:
-            last = min(end + self._margin, cut) if reason != "gap" else cut
-            attempt = stream.attempts.get(end) if last == end + self._margin else None
-            attempt = attempt or self._attempt(stream, start, end, last)
-            scores = np.concatenate(stream.scores)
-            words = self._workers.submit(self._timed, attempt, scores, stream.first, (start, end))
-            words.add_done_callback(lambda _: self._wake())
-        return _Ended(final, start, index, timeline.rate_hz, heard, words)
 
-    def _timed(
-        self,
-        attempt: Future[Transcript],
-        scores: NDArray[np.float32],
-        first: int,
-        span: tuple[int, int],
-    ) -> Words:
-        """Return a transcript's words with the positions at which the letters heard them."""
-        words = attempt.result().words
-        spelt = [re.sub("[^a-z']", "", word.text.lower()) for word in words]
-        letters = [self._labels.index(letter) for letter in " ".join(filter(None, spelt))]
-        frames = align(scores, letters)
-        timed: Words = []
-        place = 0
-        for word, spelling in zip(words, spelt, strict=True):
-            begin = timed[-1][2] if timed else span[0]
-            end = begin
-            if spelling and frames:
-                begin = first + frames[place][0] * self._frame
-                place += len(spelling) + 1
-                end = first + frames[place - 2][1] * self._frame
-            timed.append((word.text, begin, end, word.confidence))
-        return timed
+    def _last_attempt(self, stream: _Stream, endpoint: Endpoint) -> "Future[Transcript] | None":
+        """Return the second pass over a whole utterance, which may be on its way or through."""
+        if self._second is None:
+            return None
+        wanted = endpoint.end + self._margin
+        if endpoint.quiet >= wanted and endpoint.end in stream.attempts:
+            return stream.attempts.pop(endpoint.end)
+        return self._attempt(stream, endpoint.start, min(wanted, endpoint.quiet))
 
     def collect(self) -> list[tuple[int, Message]]:
         """Return the finals whose words have come, as (slot, message), in order per stream."""
         told: list[tuple[int, Message]] = []
         for slot in sorted(self._waiting):
             ended = self._streams[slot].ended
-            while ended and (ended[0].words is None or ended[0].words.done()):
+            while ended and (ended[0].attempt is None or ended[0].attempt.done()):
                 told.append((slot, self._final(ended.popleft())))
             if not ended:
                 self._waiting.discard(slot)
@@ -394,29 +452,44 @@ class SpeechWing:
 
     def _final(self, over: _Ended) -> Final:
         words = over.heard
-        if over.words is not None:
-            failure = over.words.exception()
+        if over.attempt is not None:
+            failure = over.attempt.exception()
             if failure is None:
-                words = over.words.result()
+                words = self._timed(over, over.attempt.result())
             else:
-                log.error("stream %s: the second pass failed: %s", over.final.stream, failure)
-
-        def seconds(position: int) -> float:
-            index = over.first + (position - over.begin) * over.rate_hz / self._rate_hz
-            return round(index / over.rate_hz, 3)
-
-        text = " ".join(word[0] for word in words)
+                log.error("stream %s: the second pass failed: %r", over.final.stream, failure)
+        text, others = _text(words), over.final.alternatives
+        if others:
+            others = (text, *(other for other in others if other != text))[: len(others)]
         told = tuple(
-            Word(text, seconds(begin), seconds(end), round(confidence, 3))
-            for text, begin, end, confidence in words
+            Word(
+                word.text,
+                _seconds(over, word.begin, self._rate_hz),
+                _seconds(over, word.end, self._rate_hz),
+                round(word.confidence, 3),
+            )
+            for word in words
         )
-        alternatives = over.final.alternatives
-        if alternatives:
-            alternatives = (text, *(other for other in alternatives if other != text))
-        final = msgspec.structs.replace(over.final, text=text, words=told)
-        return msgspec.structs.replace(
-            final, alternatives=alternatives[: len(over.final.alternatives)]
-        )
+        return msgspec.structs.replace(over.final, text=text, words=told, alternatives=others)
+
+    def _timed(self, over: _Ended, transcript: Transcript) -> list[_Placed]:
+        """Return a transcript's words at the positions at which the letters heard them."""
+        labels: list[int] = []
+        places = []
+        for word in transcript.words:
+            letters = [self._letters[x] for x in word.text.lower() if x in self._letters]
+            labels += self._separator if letters and labels else []
+            places.append(slice(len(labels), len(labels) + len(letters)))
+            labels += letters
+        frames = align(over.scores, labels)
+        timed: list[_Placed] = []
+        last = over.start
+        for word, place in zip(transcript.words, places, strict=True):
+            said = frames[place]
+            begin = over.first + said[0][0] * self._frame if said else last
+            last = over.first + said[-1][1] * self._frame if said else last
+            timed.append(_Placed(word.text, begin, last, word.confidence))
+        return timed
 
     def _measure(self) -> float:
         """Return the second pass's seconds of work for a second of voice."""
@@ -430,7 +503,23 @@ class SpeechWing:
         return (time.perf_counter() - begin) / seconds
 
 
-def _second(folder):
+def _read(timeline: Timeline, known: int, end: int) -> int:
+    """Return the client's index before which lies all that is known; none lies behind the end."""
+    return min(timeline.needed_until(known), timeline.index_at(end))
+
+
+def _text(words: Sequence[_Placed]) -> str:
+    return " ".join(word.text for word in words)
+
+
+def _seconds(over: _Ended, position: int, rate_hz: float) -> float:
+    """Return the time of a position of the model in the client's stream."""
+    low, high = over.bounds
+    distance = (min(max(position, low), high) - over.start) / rate_hz
+    return round(over.final.start / over.rate_hz + distance, 3)
+
+
+def _second(folder: Path) -> Any:
     from engine.speech.second_pass import SecondPass
 
     return SecondPass(folder)
@@ -445,7 +534,9 @@ def _decoder(model: Model, num_slots: int) -> GreedyDecoder | BeamDecoder:
     if not decoding.language_model:
         return BeamDecoder(output.labels, num_slots, None, decoding.beam)
     ngrams = ngram.load(model.folder / decoding.language_model)
-    of_labels = all(label in ngrams.ids for label in output.labels[1:] if label != SEPARATOR)
+    # Words may be single letters as well, but the space is none.
+    labels = [ngram.SPACE if label == SEPARATOR else label for label in output.labels[1:]]
+    of_labels = SEPARATOR not in output.labels or all(label in ngrams.ids for label in labels)
     language = (LabelModel if of_labels else WordModel)(
         ngrams, output.labels, decoding.language_weight, decoding.letter_bonus
     )
