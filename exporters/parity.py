@@ -29,7 +29,7 @@ class ExportError(MurmurError):
     """A network is not exportable, or its graph does not compute what the network does."""
 
 
-def check(net: nn.Module, spec: ModelSpec, graph: bytes) -> None:
+def check(net: nn.Module, spec: ModelSpec, graph: bytes, tolerance: float = TOLERANCE) -> None:
     """Compare a graph with its network.
 
     Parameters
@@ -40,13 +40,15 @@ def check(net: nn.Module, spec: ModelSpec, graph: bytes) -> None:
         Of one stage.
     graph : bytes
         A serialised ONNX model.
+    tolerance : float
+        Greatest difference of a value of at most 1.
 
     Raises
     ------
     ExportError
         At the first fault; the message names the check and the tensor.
     """
-    checks = _Checks(net, spec, graph)
+    checks = _Checks(net, spec, graph, tolerance)
     checks.names()
     checks.every_input_counts()
     checks.torch_is_onnx()
@@ -58,8 +60,9 @@ def check(net: nn.Module, spec: ModelSpec, graph: bytes) -> None:
 class _Checks:
     """The checks, one method each; all draw from one seeded generator."""
 
-    def __init__(self, net: nn.Module, spec: ModelSpec, graph: bytes) -> None:
+    def __init__(self, net: nn.Module, spec: ModelSpec, graph: bytes, tolerance: float) -> None:
         self.net = net
+        self.tolerance = tolerance
         self.spec = spec
         self.stage = spec.stages[0]
         self.session = open_session(graph)
@@ -169,8 +172,9 @@ class _Checks:
         return {name: r.numpy() for name, r in zip(self.outputs, results, strict=True)}
 
     def _compare(
-        self, check: str, expected: Arrays, found: Arrays, tolerance: float = TOLERANCE
+        self, check: str, expected: Arrays, found: Arrays, tolerance: float | None = None
     ) -> None:
+        tolerance = self.tolerance if tolerance is None else tolerance
         for name in self.outputs:
             if expected[name].shape != found[name].shape:
                 raise ExportError(

@@ -28,7 +28,9 @@ from exporters.parity import ExportError
 _GATE_ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
 
 
-def export(net: nn.Module, spec: ModelSpec, path: Path | str) -> None:
+def export(
+    net: nn.Module, spec: ModelSpec, path: Path | str, tolerance: float = parity.TOLERANCE
+) -> None:
     """Write a network and its statement to one file, if both are right.
 
     Parameters
@@ -40,6 +42,9 @@ def export(net: nn.Module, spec: ModelSpec, path: Path | str) -> None:
         each window brings new ones only: a network that streams carries what it needs of the
         past as state.
     path : Path or str
+    tolerance : float
+        Greatest difference from torch; more than is usual only for a network whose own float32
+        is as far from its float64.
 
     Raises
     ------
@@ -52,7 +57,7 @@ def export(net: nn.Module, spec: ModelSpec, path: Path | str) -> None:
     entry = model.metadata_props.add()
     entry.key, entry.value = METADATA_KEY, encode_spec(spec)
     graph = model.SerializeToString()
-    parity.check(net, spec, graph)
+    parity.check(net, spec, graph, tolerance)
     Path(path).write_bytes(graph)
 
 
