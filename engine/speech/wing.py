@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 _MARGIN_S = 0.3
 # Without a gate it is voice where the blank is less probable than this.
 _BLANK = 0.5
+# Of silence behind a word's last letter: it gets no more.
+_WORD_END_S = 0.1
 # Words of a pause that did not last stay; those heard from this long before its end are new.
 _SEAM_S = 0.1
 
@@ -89,6 +91,7 @@ class _Stream:
         self.endpointer = Endpointer(rules, rate_hz)
         self.utterance = 0
         self.position = 0  # after the last sample
+        self.end = 0  # where a flush's padding begins, as of the last step
         self.audio: deque[NDArray[np.float32]] = deque()  # the last of them, for the second pass
         self.ended: deque[_Ended] = deque()
         self.shown = (0, "")  # the last partial's utterance and text
@@ -158,6 +161,7 @@ class SpeechWing:
         self._decoder = _decoder(model, num_slots)
         self._streams: dict[int, _Stream] = {}
         self._waiting: set[int] = set()  # slots with finals to come
+        self._trying: set[int] = set()  # and with attempts that nobody has looked at
         self._margin = round(_MARGIN_S * self._rate_hz)
         self._frame = 0  # samples; known with the first scores
         folder = spec.decoding.second_pass
@@ -189,6 +193,7 @@ class SpeechWing:
             if ended.attempt is not None:
                 ended.attempt.cancel()
         self._waiting.discard(slot)
+        self._trying.discard(slot)
 
     def reset(self, slot: int) -> None:
         """Begin anew, after a flush; utterances count on."""
@@ -226,7 +231,7 @@ class SpeechWing:
         awake, undivided = [], []
         for row, slot in enumerate(rows.slots.tolist()):
             stream = self._streams[slot]
-            stream.position = starts[row] + length
+            stream.position, stream.end = starts[row] + length, ends[row]
             if self._second is not None:
                 spans = stream.endpointer.spans
                 oldest = spans[0][0] if spans else starts[row] - self._look_ahead
@@ -321,7 +326,10 @@ class SpeechWing:
             spoken = self._decoder.best(slot).words
             words = self._placed(stream, spoken)
             stable = len(self._placed(stream, spoken[: self._decoder.stable_words(slot)]))
-            self._try(stream, known, bool(words))
+            self._try(slot, stream, known, bool(words))
+            if words and self._goes_on(slot, stream, words[-1]):
+                words.pop()
+            stable = min(stable, len(words))
             texts = [word.text for word in words]
             if stream.better is not None:
                 seam, transcript = stream.better
@@ -336,7 +344,15 @@ class SpeechWing:
         index = _read(stream.timeline, known, end)
         return [Partial(stream.timeline.name, stream.utterance, text, index, stable)]
 
-    def _try(self, stream: _Stream, known: int, says_something: bool) -> None:
+    def _goes_on(self, slot: int, stream: _Stream, word: _Placed) -> bool:
+        """Return whether a word may get more letters: it was being said as the text ends.
+
+        Such words are not shown. They are half of all that would change (training/LOG.md).
+        """
+        clock = stream.first + self._decoder.frames(slot) * self._frame
+        return bool(self._separator) and word.end > clock - round(_WORD_END_S * self._rate_hz)
+
+    def _try(self, slot: int, stream: _Stream, known: int, says_something: bool) -> None:
         """Let the second pass begin in a pause, and note what it has made of earlier ones."""
         for end, attempt in stream.attempts.items():
             if attempt.done() and attempt.exception() is None:
@@ -347,6 +363,7 @@ class SpeechWing:
         running = sum(not attempt.done() for attempt in self._attempts)
         if end not in stream.attempts and running < self._num_workers:
             stream.attempts[end] = self._attempt(stream, start, end + self._margin)
+            self._trying.add(slot)
 
     def _attempt(self, stream: _Stream, start: int, end: int) -> "Future[Transcript]":
         """Start the second pass over an utterance."""
@@ -440,7 +457,10 @@ class SpeechWing:
         return self._attempt(stream, endpoint.start, min(wanted, endpoint.quiet))
 
     def collect(self) -> list[tuple[int, Message]]:
-        """Return the finals whose words have come, as (slot, message), in order per stream."""
+        """Return what the second pass has brought, as (slot, message), in order per stream.
+
+        Finals, and better partials of utterances that go on.
+        """
         told: list[tuple[int, Message]] = []
         for slot in sorted(self._waiting):
             ended = self._streams[slot].ended
@@ -448,6 +468,11 @@ class SpeechWing:
                 told.append((slot, self._final(ended.popleft())))
             if not ended:
                 self._waiting.discard(slot)
+        for slot in sorted(self._trying):
+            stream = self._streams[slot]
+            if all(attempt.done() for attempt in stream.attempts.values()):
+                self._trying.discard(slot)
+                told += [(slot, partial) for partial in self._show(slot, stream.end)]
         return told
 
     def _final(self, over: _Ended) -> Final:
