@@ -6,6 +6,7 @@ Its model hears tones as words, so that what should be told is known to the samp
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -15,16 +16,19 @@ from numpy.typing import NDArray
 from rich.console import Console
 from scipy import signal
 
+from engine import audio, corpus
 from engine import messages as m
 from engine.child import ServerProcess
 from engine.client import Client, Stream
 from engine.dictation import Plan
 from engine.errors import Refused
+from engine.scoring import errors
 from engine.transcribe import Printing, Transcript, run
 from tests import tones
 from tests.tones import RATE_HZ, say
 
 Sound = NDArray[np.float32]
+COMMANDS = Path(__file__).parent.parent.parent / "shared" / "data" / "speech" / "commands"
 
 
 @pytest.fixture(scope="module")
@@ -260,3 +264,74 @@ def test_twenty_minutes_take_the_memory_of_one(server: ServerProcess, tmp_path: 
     repeats = round(one.seconds / (len(part) / RATE_HZ))
     assert one.text.split() == ["one", "two", "three"] * repeats
     assert time.monotonic() - begin < one.seconds / 10
+
+
+# --- real words, by the model that comes with the package ------------------------------------
+
+
+@pytest.fixture(scope="module")
+def listener() -> Iterator[Client]:
+    """A connection to a server of the bundled model of single words."""
+    words = ServerProcess("words", {"max_load": 1e9})
+    with Client(words.address, timeout_s=30.0) as made:
+        yield made
+    assert words.stop() == 0
+
+
+class Said(NamedTuple):
+    """Commands one after the other, with pauses between them."""
+
+    sound: Sound
+    words: list[str]
+
+
+@pytest.fixture(scope="module")
+def said() -> Said:
+    """Sixty words of people whom the model was not trained on."""
+    if not COMMANDS.is_dir():
+        pytest.skip("needs ../shared/data/speech/commands")
+    clips = corpus.read(COMMANDS, "valid", 60)
+    parts: list[Sound] = []
+    for clip in clips:
+        with audio.Sound(clip.path) as file:
+            parts += [*file.blocks(1.0), np.zeros(6000, np.float32)]
+    sound = np.concatenate(parts)
+    hiss = np.random.default_rng(0).normal(0, 1e-4, len(sound))
+    return Said(((sound + hiss) / np.abs(sound).max()).astype(np.float32), [c.text for c in clips])
+
+
+def error_rate(client: Client, said: Said, sound: Sound, rate_hz: float = RATE_HZ) -> float:
+    with_words = client.open("s", "words", rate_hz, "1")
+    with_words.send(sound)
+    with_words.flush()
+    told = text(finals(client))
+    assert with_words.close().reason == "closed"
+    return errors(said.words, told).rate
+
+
+def test_real_words_are_heard_clipped_and_over_a_telephone(listener: Client, said: Said) -> None:
+    """With a few errors more, and no fault."""
+    clean = error_rate(listener, said, said.sound)
+    assert clean < 0.15
+    assert error_rate(listener, said, np.clip(8 * said.sound, -1, 1)) < clean + 0.15
+    band = signal.butter(4, [300, 3400], "bandpass", fs=RATE_HZ, output="sos")
+    telephone = signal.resample_poly(signal.sosfilt(band, said.sound), 1, 2)
+    assert error_rate(listener, said, telephone, 8000) < clean + 0.15
+    upwards = signal.resample_poly(said.sound, 441, 160)
+    assert error_rate(listener, said, upwards, 44_100) < clean + 0.05
+
+
+def test_music_is_no_fault_and_hardly_a_word(listener: Client) -> None:
+    """A minute of major chords, two a second, each dying away."""
+    rng = np.random.default_rng(3)
+    time_s = np.arange(RATE_HZ // 2) / RATE_HZ
+    chords = []
+    for root in 220 * 2 ** (rng.integers(0, 13, 120) / 12):
+        tones_hz = [h * root * 2 ** (step / 12) for step in (0, 4, 7) for h in (1, 2, 3)]
+        chords.append(np.exp(-3 * time_s) * sum(np.sin(2 * np.pi * f * time_s) for f in tones_hz))
+    music = 0.03 * np.concatenate(chords).astype(np.float32)
+    stream = listener.open("s", "words", RATE_HZ, "1")
+    stream.send(music)
+    stream.flush()
+    assert len(text(finals(listener))) <= 2
+    assert stream.close().reason == "closed"
