@@ -7,6 +7,7 @@ batch is done on all rows at once; Python is entered per row only where somethin
 from typing import NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from engine.errors import Refused
@@ -57,6 +58,7 @@ class Lane:
         # Rows are written from their beginning whenever they run empty, so that the memory of a
         # stream that keeps up is a few hops; the system gives pages only where something is.
         self._queue = np.zeros((num_slots, self._capacity, spec.input.channels), np.float32)
+        self._stretches: dict[int, NDArray[np.float32]] = {}  # views of it, by their length
         self._head = np.zeros(num_slots, np.int64)
         self._fill = np.zeros(num_slots, np.int64)
         self._position = np.zeros(num_slots, np.int64)  # samples consumed since the open
@@ -201,8 +203,9 @@ class Lane:
         """Return the next hops of each row, (rows, hops * hop, channels), and move on."""
         count = hops * self.hop
         head = self._head[slots]
-        places = head[:, None] + np.arange(count)
-        samples: NDArray[np.float32] = self._queue[slots[:, None], places]
+        if count not in self._stretches:
+            self._stretches[count] = _stretches(self._queue, count)
+        samples: NDArray[np.float32] = self._stretches[count][slots, head]
         self._fill[slots] -= count
         self._head[slots] = head + count
         self._position[slots] += count
@@ -274,3 +277,11 @@ class Lane:
         self.front.reset(slot)
         self.runtime.reset(slot)
         self.wing.reset(slot)
+
+
+def _stretches(queue: NDArray[np.float32], length: int) -> NDArray[np.float32]:
+    """Return a view of all stretches of a length, (slots, beginnings, length, channels).
+
+    Out of it a row's samples are one copy; an index for each sample takes twenty times as long.
+    """
+    return sliding_window_view(queue, length, axis=1).transpose(0, 1, 3, 2)
