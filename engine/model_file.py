@@ -140,7 +140,7 @@ class ModelSpec(_Statement, frozen=True):
 
 
 class Manifest(_Statement, frozen=True):
-    """What a folder of a built model holds."""
+    """What a folder of a built model holds, or what a build must make."""
 
     command: str  # that builds it
     files: dict[str, str]  # sha256 of each
@@ -223,12 +223,12 @@ def find(name: Path | str) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    recipe = BUNDLED / name / MANIFEST
-    if recipe.is_file():
-        built = built_folder(str(name)) / f"{name}.toml"
+    recipe = BUNDLED / name
+    if (recipe / MANIFEST).is_file():
+        built = built_folder(recipe.name, recipe=recipe) / f"{recipe.name}.toml"
         if built.is_file():
             return built
-        command = _read_manifest(recipe).command
+        command = read_manifest(recipe / MANIFEST).command
         raise ModelFileError(f"{name}: expected {built}, which is not built yet: {command}")
     known = ", ".join(file.stem for file in bundled_files())
     raise ModelFileError(f"{name}: expected a .onnx or .toml file, or one of: {known}")
@@ -247,8 +247,11 @@ def cache_folder() -> Path:
 
 def built_folder(name: str, cache: Path | None = None, recipe: Path | None = None) -> Path:
     """Return where a model lies that is built from a recipe; another recipe, another folder."""
-    manifest = ((recipe or BUNDLED / name) / MANIFEST).read_bytes()
-    return (cache or cache_folder()) / f"{name}-{hashlib.sha256(manifest).hexdigest()[:12]}"
+    recipe = recipe or BUNDLED / name
+    digest = hashlib.sha256()
+    for path in sorted(path for path in recipe.rglob("*") if path.is_file()):
+        digest.update(path.relative_to(recipe).as_posix().encode() + path.read_bytes())
+    return (cache or cache_folder()) / f"{name}-{digest.hexdigest()[:12]}"
 
 
 def verify(folder: Path) -> None:
@@ -259,7 +262,7 @@ def verify(folder: Path) -> None:
     ModelFileError
         If one is missing or damaged; the message says how to build the model again.
     """
-    manifest = _read_manifest(folder / MANIFEST)
+    manifest = read_manifest(folder / MANIFEST)
     for name, expected in manifest.files.items():
         path = folder / name
         found = "none"
@@ -272,7 +275,8 @@ def verify(folder: Path) -> None:
             )
 
 
-def _read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Path) -> Manifest:
+    """Return what is stated of a folder's files, or of those that a build must make."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=Manifest)
     except (OSError, msgspec.DecodeError) as error:
