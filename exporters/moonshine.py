@@ -7,7 +7,8 @@ computed anew with each chunk and never kept (Emformer, Shi et al. 2021), so tha
 does not add up over the layers.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -77,6 +78,11 @@ def joined(x: Tensor) -> Tensor:
 class EncoderLayer(nn.Module):
     """Self-attention and a feed-forward, each behind a norm."""
 
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+    o: nn.Linear
+
     def __init__(self) -> None:
         super().__init__()
         for name in ("q", "k", "v", "o"):
@@ -91,7 +97,9 @@ class EncoderLayer(nn.Module):
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.o(attended)
-        return x + self.fc2(functional.gelu(self.fc1(self.norm2(x))))
+        wide = functional.gelu(self.fc1(self.norm2(x)))
+        y: Tensor = x + self.fc2(wide)
+        return y
 
 
 class Encoder(nn.Module):
@@ -157,13 +165,14 @@ class Encoder(nn.Module):
             known = (torch.arange(x.shape[1]) < counts[:, None])[:, None, None]
             mask = torch.zeros(known.shape, dtype=_dtype(x)).masked_fill(~known, -1e4)
         turn = angles(torch.arange(x.shape[1]))
-        for layer in self.layers:
+        for layer in cast(Iterable[EncoderLayer], self.layers):
             q, k, v = (heads(part) for part in layer.keys(x))
             attended = functional.scaled_dot_product_attention(
                 rotate(q, turn), rotate(k, turn), v, attn_mask=mask
             )
             x = layer.finish(x, joined(attended))
-        return self.norm(x)
+        y: Tensor = self.norm(x)
+        return y
 
     def windows(self, audio: Tensor, cut: Chunking) -> Tensor:
         """Return what the stem makes of each window of a stream.
@@ -220,10 +229,11 @@ class Encoder(nn.Module):
         """Run the layers over (batch, chunks, chunk + ahead, WIDTH) windows of the stem."""
         batch, chunks, size, _ = x.shape
         positions = torch.arange(chunks)[:, None] * cut.chunk + torch.arange(size)
-        turn = tuple(part[None] for part in angles(positions.flatten()))
+        cos, sin = angles(positions.flatten())
+        turn = (cos[None], sin[None])
         mask = _mask(chunks, cut, x)
         x = x.reshape(batch, chunks * size, WIDTH)
-        for layer in self.layers:
+        for layer in cast(Iterable[EncoderLayer], self.layers):
             q, k, v = layer.keys(x)
             q, k = (joined(rotate(heads(part), turn)) for part in (q, k))
             q = q.reshape(batch * chunks, size, WIDTH)
@@ -234,7 +244,8 @@ class Encoder(nn.Module):
             attended = scores.to(v.dtype).flatten(0, 1) @ heads(v)
             x = layer.finish(x, joined(attended).view(batch, chunks * size, WIDTH))
         x = x.view(batch, chunks, size, WIDTH)[:, :, : cut.chunk]
-        return self.norm(x.reshape(batch, chunks * cut.chunk, WIDTH))
+        y: Tensor = self.norm(x.reshape(batch, chunks * cut.chunk, WIDTH))
+        return y
 
 
 def _with_past(x: Tensor, cut: Chunking) -> Tensor:
@@ -278,11 +289,16 @@ class CtcHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, frames, WIDTH) to natural-log posteriors, (batch, frames, labels)."""
         h, _ = self.lstm(self.dropout(x))
-        return self.linear(self.dropout(h)).log_softmax(-1)
+        logits: Tensor = self.linear(self.dropout(h))
+        return logits.log_softmax(-1)
 
 
 class DecoderLayer(nn.Module):
     """Self-attention, attention to the encoder's frames, and a gated feed-forward."""
+
+    norm1: nn.LayerNorm
+    norm2: nn.LayerNorm
+    norm3: nn.LayerNorm
 
     def __init__(self) -> None:
         super().__init__()
@@ -360,7 +376,8 @@ class Decoder(nn.Module):
 
     def remember(self, frames: Tensor) -> Tensor:
         """Return the keys and values of the encoder's frames for all layers."""
-        return torch.stack([torch.stack(layer.memory(frames)) for layer in self.layers])
+        layers = cast(Iterable[DecoderLayer], self.layers)
+        return torch.stack([torch.stack(layer.memory(frames)) for layer in layers])
 
 
 def greedy(decoder: Decoder, frames: Tensor) -> list[int]:
@@ -401,6 +418,8 @@ class StreamingRecogniser(nn.Module):
     cut : Chunking
     """
 
+    turn: Tensor
+
     def __init__(self, encoder: Encoder, head: CtcHead, cut: Chunking) -> None:
         super().__init__()
         self.encoder, self.head, self.cut = encoder, head, cut
@@ -418,8 +437,13 @@ class StreamingRecogniser(nn.Module):
         recurrent = (lstm.num_layers, lstm.hidden_size)
         past = (LAYERS, 2, self.cut.left, WIDTH)
         return {
-            "past": past, "mean": (1,), "square": (1,), "count": (1,), "h": recurrent, "c": recurrent,
-        }  # fmt: skip
+            "past": past,
+            "mean": (1,),
+            "square": (1,),
+            "count": (1,),
+            "h": recurrent,
+            "c": recurrent,
+        }
 
     def forward(
         self,
@@ -458,7 +482,8 @@ class StreamingRecogniser(nn.Module):
         known = place >= self.cut.left - (count - PRIOR_FRAMES) / _RATIO
         mask = torch.where(known, 0.0, -1e4)[:, None, None]
         kept = []
-        for number, layer in enumerate(self.encoder.layers):
+        layers = cast(Iterable[EncoderLayer], self.encoder.layers)
+        for number, layer in enumerate(layers):
             x, keys, values = self._attend(layer, x, past[:, number, 0], past[:, number, 1], mask)
             kept += [keys, values]
         frames = self.encoder.norm(x[:, : self.cut.chunk])
