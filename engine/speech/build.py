@@ -61,6 +61,7 @@ def build(told: Told, cache: Path | None = None, recipe: Path = RECIPE) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{NAME}-", dir=target.parent))
     try:
+        temporary.chmod(0o755)  # a cache may serve several users; mkdtemp thinks of one
         _fill(temporary, told, recipe)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
