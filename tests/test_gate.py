@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 
 from engine import model_file
 from engine.config import Config, Limits
+from engine.device import DeviceRuntime
 from engine.errors import ModelFileError
 from engine.gate import VOICE, GatedRuntime
 from engine.model_file import Filter, Gate, Input, Output, Stage
+from engine.runtime import CpuRuntime
 from engine.server import runtime
 from tests import tiny
 
@@ -151,6 +153,21 @@ def test_what_a_row_carries_goes_on_elsewhere(path: Path, before: int) -> None:
     there.put(3, here.take(0))
     for hop in signal[before:]:
         for found, expected in zip(step(there, {3: hop}), step(here, {0: hop}), strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_a_model_whose_state_stays_on_a_device_rests_as_well(path: Path) -> None:
+    model = model_file.load(path)
+    assert model.gate is not None
+    bare, detector = model._replace(gate=None), CpuRuntime(model.gate, 4)
+    device = DeviceRuntime(bare, 4, device="cpu", buckets=(1, 4))
+    there = GatedRuntime(model.spec, device, detector, model.gate.spec)
+    here = gated(path)
+    for slot in range(4):
+        there.reset(slot)
+    for loud in ([2, 2, 0, 0, 3, 3], [0, 0, 0, 0, 3, 3], [0, 0, 4, 4, 0, 0]):
+        rows = dict(enumerate(hops(*loud), start=1))
+        for found, expected in zip(step(there, rows), step(here, rows), strict=True):
             np.testing.assert_array_equal(found, expected)
 
 

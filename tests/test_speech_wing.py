@@ -5,24 +5,30 @@ and knows the answer without a recogniser.
 """
 
 import itertools
+import signal
 import threading
 import tracemalloc
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 import pytest
+import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from engine import messages as m
+from engine import server as server_module
+from engine.config import Config, Limits
+from engine.errors import ModelFileError
 from engine.messages import Hotword, Speech
 from engine.model_file import Decoding, Gate
+from engine.server import Server
 from engine.speech import wing as speech_wing
 from tests import tiny
 from tests.drive import Driven, chunks
@@ -414,6 +420,23 @@ def test_a_gap_ends_what_was_being_said(tmp_path: Path, kind: str, policy: str) 
     assert driven.told("a", m.Gap) == [m.Gap("s", len(before), gone, policy)]
 
 
+@pytest.mark.parametrize("kind", ["late", "gated"])
+def test_letters_of_before_a_gap_are_not_taken_for_words_behind_it(
+    tmp_path: Path, kind: str
+) -> None:
+    """A state that is held still brings what was said last before the gap."""
+    tiny.write_detector(tmp_path)
+    gate = Gate("detector.onnx") if kind == "gated" else None
+    path = tiny.write_talker(tmp_path, kind, LOOK_AHEAD, gap="hold", gate=gate)
+    before, after = joined(quiet(24), said("ab")), joined(said("cd"), quiet(160))
+    driven = Driven(path, credit_s=100.0)
+    opened(driven, kind)
+    deliver(driven, [*chunks("s", before), *chunks("s", after, (), 1, 500)])
+    first, second = driven.told("a", m.Final)
+    assert (first.text, first.end) == ("a", 40 if kind == "gated" else 28)
+    assert (second.text, second.start, second.words[0].start_s) == ("cd", 500, 5.0)
+
+
 @pytest.mark.parametrize("cut_at", [range(HOP, 340, HOP), [HOP]], ids=["hops", "whole"])
 def test_a_word_that_loses_its_certainty_is_taken_back(
     tmp_path: Path, cut_at: Iterable[int]
@@ -428,7 +451,41 @@ def test_a_word_that_loses_its_certainty_is_taken_back(
     assert not driven.told("a", m.Final)
 
 
+def test_a_pause_in_which_the_model_rests_keeps_the_times_of_what_follows(
+    paths: dict[str, Path],
+) -> None:
+    """Longer than the gate holds; a neighbour speaks all the time, or nobody does."""
+    signal = joined(said("ab "), quiet(336), said("cd"), quiet(40))
+    told = []
+    for neighbour in (quiet(400), np.tile(said("d "), 25)):
+        driven = Driven(paths["gated"], credit_s=100.0)
+        opened(driven, "gated", silence_s=5.0)
+        opened(driven, "gated", "t", "b")
+        for first in range(0, 400, HOP):
+            for peer, name, samples in (("a", "s", signal), ("b", "t", neighbour)):
+                part = samples[first : first + HOP]
+                driven.say(peer, *chunks(name, part, (), first // HOP, first))
+            driven.run()
+        driven.say("a", m.Flush("s", 1))
+        driven.settle()
+        told.append(driven.told("a", m.Final))
+    assert told[0] == told[1]
+    (final,) = told[0]
+    assert [(word.text, word.start_s) for word in final.words] == [("ab", 0.0), ("cd", 3.6)]
+
+
 # --- what a stream asks for ----------------------------------------------------------------------
+
+
+def test_a_word_is_shown_when_it_gets_no_more_letters(paths: dict[str, Path]) -> None:
+    signal = joined(said("ab cad"), quiet(200))
+    driven = Driven(paths["prompt"], credit_s=100.0)
+    opened(driven, "prompt")
+    deliver(driven, chunks("s", signal, range(HOP, 248, HOP)))
+    shown = [(partial.text, partial.index) for partial in driven.told("a", m.Partial)]
+    # The first word ends at 0.16 s with a space behind it, the last at 0.48 s with 0.1 s of none.
+    assert shown == [("ab", 40), ("ab cad", 60)]
+    assert texts(driven) == ["ab cad"]
 
 
 def test_without_partials_there_are_finals_only(paths: dict[str, Path]) -> None:
@@ -457,6 +514,41 @@ def test_a_hotword_wins_where_letters_are_nearly_alike(paths: dict[str, Path]) -
     signal = joined(said("c"), unsure, said("d"), quiet(300))
     assert texts(hear(paths["searched"], signal)) == ["cbd"]
     assert texts(hear(paths["searched"], signal, hotwords=(Hotword("CAD", 4.0),))) == ["cad"]
+
+
+def arpa(path: Path, unigrams: dict[str, float]) -> None:
+    """Write a language model of single words, or letters, with these log10 probabilities."""
+    lines = [f"{value}\t{word}" for word, value in unigrams.items()]
+    path.write_text(
+        "\n".join(
+            ["\\data\\", f"ngram 1={len(lines)}", "", "\\1-grams:", *lines, "", "\\end\\", ""]
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    "unigrams",
+    [
+        {"|": -1.0, "a": -0.2, "b": -3.0, "c": -1.0, "d": -1.0},
+        # Words, of which some are single letters: every label but the space is one.
+        {"a": -2.0, "b": -2.0, "c": -2.0, "d": -2.0, "cad": -0.5, "cbd": -4.0},
+    ],
+    ids=["letters", "words"],
+)
+def test_a_language_model_decides_between_letters_that_are_nearly_alike(
+    tmp_path: Path, unigrams: dict[str, float]
+) -> None:
+    arpa(tmp_path / "some.arpa", unigrams)
+    decoding = Decoding(beam=8, language_model="some.arpa", language_weight=1.0, letter_bonus=0.0)
+    path = tiny.write_talker(tmp_path, "fluent", decoding=decoding)
+    unsure = np.full(LETTER, LABEL["b"] - 0.45, np.float32)
+    assert texts(hear(path, joined(said("c"), unsure, said("d"), quiet(300)))) == ["cad"]
+
+
+def test_a_language_model_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    decoding = Decoding(beam=8, language_model="nowhere.arpa")
+    with pytest.raises(ModelFileError, match=r"nowhere\.arpa: expected a readable language model"):
+        Driven(tiny.write_talker(tmp_path, "fluent", decoding=decoding))
 
 
 def test_a_hotword_that_cannot_be_spelt_is_refused_and_takes_no_row(
@@ -676,6 +768,9 @@ def test_a_pause_that_does_not_last_gives_a_better_partial_and_a_draft(
     driven.run()
     second.drafts.clear()
     desk.work()
+    driven.run()
+    last = driven.told("a", m.Partial)[-1]
+    assert (last.text, last.stable_words) == ("AB", 1)  # at once
     driven.say("a", *chunks("s", joined(said("cd"), quiet(28)), (), 1, len(first)))
     driven.run()
     last = driven.told("a", m.Partial)[-1]
@@ -773,6 +868,18 @@ def test_two_flushes_wait_for_a_final_and_come_in_order(paths: dict[str, Path], 
     ab, cd, one, two = about(driven, m.Final, m.Flushed)
     assert (ab.text, cd.text, cd.reason) == ("AB", "CD", "flush")
     assert (one, two) == (m.Flushed("s", 1, 156), m.Flushed("s", 2, 156))
+
+
+def test_what_is_said_behind_a_flush_that_waits_is_heard_when_it_is_through(
+    paths: dict[str, Path], desk: Desk
+) -> None:
+    more = chunks("s", joined(said("cd"), quiet(124)), (), 1, 140)
+    driven = pending(paths, m.Flush("s", 1), *more)
+    all_work(driven, desk)
+    all_work(driven, desk)
+    ab, flushed, cd = about(driven, m.Final, m.Flushed)
+    assert (ab.text, flushed, cd.text) == ("AB", m.Flushed("s", 1, 140), "CD")
+    assert (cd.utterance, cd.start, cd.words[0].start_s) == (1, 140, 1.4)
 
 
 def test_a_gap_while_a_final_is_to_come_is_told_behind_it(
@@ -903,3 +1010,129 @@ def test_finals_come_from_other_threads_too(paths: dict[str, Path], second: Echo
     for name in names:
         assert texts(driven, name) == ["AB", "CD"]
     assert threading.active_count() > 1
+
+
+# --- real sockets --------------------------------------------------------------------------------
+
+
+class Caller:
+    """A client with a socket of its own, in a thread beside the server's."""
+
+    def __init__(self, one: zmq.Socket, address: str) -> None:
+        self._socket = one
+        one.connect(address)
+        self.tell(m.Hello(m.VERSION))
+        self.tell(m.Open("s", "twice", tiny.RATE_HZ, "1"))
+        self.until(m.Opened)
+
+    def tell(self, *requests: m.Message) -> None:
+        self._socket.send(m.body([m.encode(request) for request in requests]))
+
+    def until(self, kind: type[m.Message]) -> list[m.Message]:
+        """Return what comes, the first of a kind included."""
+        told: list[m.Message] = []
+        while not any(isinstance(one, kind) for one in told):
+            assert self._socket.poll(20_000), f"no {kind.__name__}"
+            told += m.decode_replies(self._socket.recv())
+        return told
+
+
+class Slow(Echo):
+    """A second recogniser who waits for leave, but for its first two calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.leave = threading.Event()
+
+    def transcribe(self, *arguments: Any) -> Transcript:
+        assert len(self.heard) < 2 or self.leave.wait(20.0)
+        return super().transcribe(*arguments)
+
+
+Act = Callable[[Caller, Server, Slow], None]
+
+
+@pytest.fixture
+def beside(
+    paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch, sockets: Callable[[int], zmq.Socket]
+) -> Iterable[Callable[..., None]]:
+    """Return what runs a server that has no clock to wake it, and a client in another thread."""
+    monkeypatch.setattr(server_module, "_TICK_S", 1e6)
+    slow = Slow()
+    monkeypatch.setattr(speech_wing, "_second", lambda _: slow)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def run(act: Act, **limits: float) -> None:
+        config = Config(
+            bind="tcp://127.0.0.1:0",
+            publish="tcp://127.0.0.1:0",
+            models=(str(paths["twice"]),),
+            limits=Limits(max_load=1e9, **limits),
+        )
+        server = Server(config)
+
+        def client() -> None:
+            try:
+                act(Caller(sockets(zmq.DEALER), server.endpoints.bind), server, slow)
+            finally:
+                slow.leave.set()
+                stop(server)
+
+        with ThreadPoolExecutor(1) as pool:
+            acting = pool.submit(client)
+            server.run()
+        acting.result()
+
+    yield run
+    slow.leave.set()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def stop(server: Server) -> None:
+    """Do what a signal does."""
+    server.stop()
+    server._wake()
+
+
+def speak_and_flush(caller: Caller) -> None:
+    """Come back when the server has nothing left to do but to wait for the second pass."""
+    signal = joined(said("ab"), quiet(124))
+    caller.tell(*chunks("s", signal), m.Flush("s", 5))
+    for _ in range(len(signal) // HOP + 5):  # a step for each turn, and the flush's
+        caller.tell(m.Ping(1))
+        caller.until(m.Pong)
+
+
+def test_a_final_wakes_a_server_that_sleeps(beside: Callable[..., None]) -> None:
+    def act(caller: Caller, server: Server, slow: Slow) -> None:
+        speak_and_flush(caller)
+        slow.leave.set()
+        told = [type(one) for one in caller.until(m.Flushed)]
+        assert told.index(m.Final) < told.index(m.Ack) < told.index(m.Flushed)
+
+    beside(act)
+
+
+def test_a_server_that_stops_waits_for_finals(beside: Callable[..., None]) -> None:
+    def act(caller: Caller, server: Server, slow: Slow) -> None:
+        speak_and_flush(caller)
+        stop(server)
+        caller.tell(m.Ping(2))
+        caller.until(m.Pong)  # by now it knows that it is to stop
+        slow.leave.set()
+        told = caller.until(m.Closed)
+        assert [one.text for one in told if isinstance(one, m.Final)] == ["AB"]
+        assert [one.reason for one in told if isinstance(one, m.Closed)] == ["draining"]
+
+    beside(act)
+
+
+def test_a_server_that_stops_does_not_wait_for_ever(beside: Callable[..., None]) -> None:
+    def act(caller: Caller, server: Server, slow: Slow) -> None:
+        speak_and_flush(caller)
+        stop(server)
+        told = caller.until(m.Closed)  # although there was no leave
+        assert not [one for one in told if isinstance(one, m.Final)]
+
+    beside(act, drain_s=0.3)
