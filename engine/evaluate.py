@@ -383,6 +383,8 @@ def _over(part: float, whole: float) -> float | None:
 # --- for a person ----------------------------------------------------------------------------
 
 _WORST = 10  # speakers
+# A second pass that begins in a pause is shown while the pause lasts, if it lasts in real time.
+_FASTER = "what partials end as when sound comes faster than it is spoken; live: --paced"
 
 
 def lines(report: Report) -> Iterator[str]:
@@ -392,7 +394,8 @@ def lines(report: Report) -> Iterator[str]:
         figure = f"{report['wer']:.2f} % (95 %: {low:.2f} to {high:.2f})"
         yield _line("word error rate", figure, _edits(report))
         yield _line("character error rate", f"{report['cer']:.2f} %")
-        yield _line("streaming pass", f"{report['streaming_wer']:.2f} %", "what partials end as")
+        ended = "what partials end as" if report["paced"] else _FASTER
+        yield _line("streaming pass", f"{report['streaming_wer']:.2f} %", ended)
         yield _line("normalisation", report["normalisation"])
     if report["words_shown"]:
         counts = f"{report['words_changed']} of {report['words_shown']} words after being shown"

@@ -16,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from engine import transcribe
+from engine import demo, spoken, transcribe
 from engine.errors import MurmurError
 from engine.messages import Word
+from engine.scoring import errors
 from engine.transcribe import Transcript, Utterance
 from tests.tones import ToneServer, say, tone_server, write_model
 
@@ -185,6 +186,37 @@ def test_on_a_terminal_there_is_a_bar_and_it_goes_away(tones: ToneServer, tmp_pa
     assert "listening" in text.getvalue()
     assert told == ["One" + " one" * 29 + ".\n"]
     assert len(outcome.transcripts) == 1  # the same file twice is one
+
+
+TWO_CITIES = """It was the best of times, it was the worst of times, it was the age of wisdom, it
+was the age of foolishness, it was the epoch of belief, it was the epoch of incredulity, it was
+the season of Light, it was the season of Darkness, it was the spring of hope, it was the winter
+of despair, we had everything before us, we had nothing before us, we were all going direct to
+Heaven, we were all going direct the other way - in short, the period was so far like the present
+period, that some of its noisiest authorities insisted on its being received, for good or for
+evil, in the superlative degree of comparison only."""
+
+
+def test_a_human_voice_is_understood_and_timed() -> None:
+    try:
+        path = demo.find_voice()
+    except MurmurError as error:
+        pytest.skip(f"needs a voice and the model english: {error}")
+    command = [sys.executable, "-m", "engine", "transcribe", str(path), "--json"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(done.stdout)
+    (file,) = report["files"]
+    assert errors(spoken.words(TWO_CITIES), spoken.words(file["text"])).rate < 0.05
+    words = [word for one in file["utterances"] for word in one["words"]]
+    assert [word["text"] for word in words] == file["text"].split()
+    times = [time for word in words for time in (word["start_s"], word["end_s"])]
+    assert times == sorted(times)
+    assert times[0] > 0
+    assert times[-1] < file["seconds"]
+    assert all(0 < word["confidence"] <= 1 for word in words)
 
 
 # --- subtitles -------------------------------------------------------------------------------
