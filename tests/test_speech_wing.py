@@ -4,6 +4,7 @@ The models say what the signal says (see ``tests/tiny.py``), so that a test deci
 and knows the answer without a recogniser.
 """
 
+import gc
 import itertools
 import signal
 import threading
@@ -601,16 +602,17 @@ def test_what_a_stream_remembers_does_not_grow_with_its_length(
     held = []
     tracemalloc.start()
     try:
-        for number in range(16):
+        for number in range(10):
             driven.say("a", *chunks("s", minute, (), number, number * len(minute)))
             driven.run()
             driven.heard("a").clear()
             driven.engine.published.clear()
+            gc.collect()  # Python keeps some thousands of small objects for use again
             held.append(tracemalloc.get_traced_memory()[0])
     finally:
         tracemalloc.stop()
     # Some growth is of histograms and caches; a minute of samples alone has 24,000 bytes.
-    assert min(held[-3:]) - min(held[3:6]) < 24_000
+    assert min(held[-3:]) - min(held[2:5]) < 24_000
 
 
 # --- the second pass -----------------------------------------------------------------------------
