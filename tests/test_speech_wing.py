@@ -682,7 +682,8 @@ def second() -> Iterable[Echo]:
     """The double that stands for the second recogniser of every model that wants one."""
     echo = Echo()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speech_wing, "_second", lambda _: echo)
+        patch.setattr(speech_wing, "SecondPass", lambda _: echo)
+        patch.setattr(speech_wing, "RATE_HZ", RATE)
         yield echo
 
 
@@ -737,6 +738,14 @@ def test_words_have_the_times_at_which_the_letters_heard_them(
     signal = joined(quiet(40), said("ab dad"), quiet(160))
     (final,) = hear(paths["twice"], signal).told("a", m.Final)
     assert final.words == (m.Word("AB", 0.4, 0.56, 0.5), m.Word("DAD", 0.64, 0.88, 0.5))
+
+
+def test_a_second_pass_of_another_rate_is_refused(
+    paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speech_wing, "RATE_HZ", 16_000)
+    with pytest.raises(ModelFileError, match="expected a model of 16000 Hz, found 100"):
+        Driven(paths["twice"])
 
 
 def test_the_second_pass_begins_in_the_first_pause_and_is_not_repeated(
@@ -1061,7 +1070,7 @@ def beside(
     """Return what runs a server that has no clock to wake it, and a client in another thread."""
     monkeypatch.setattr(server_module, "_TICK_S", 1e6)
     slow = Slow()
-    monkeypatch.setattr(speech_wing, "_second", lambda _: slow)
+    monkeypatch.setattr(speech_wing, "SecondPass", lambda _: slow)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def run(act: Act, **limits: float) -> None:

@@ -15,13 +15,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.errors import ModelFileError
 from engine.gate import VOICE
 from engine.messages import Final, Gapped, Message, Open, Partial, Speech, Word
 from engine.model_file import Model
@@ -31,12 +31,8 @@ from engine.speech.beam import BeamDecoder
 from engine.speech.ctc import BLANK, SEPARATOR, GreedyDecoder, Spoken
 from engine.speech.endpoint import LATE_LETTER_S, Endpoint, Endpointer, Reason
 from engine.speech.language import LabelModel, WordModel
+from engine.speech.second_pass import RATE_HZ, SecondPass, Transcript
 from engine.wing import Outputs, Rows, Timeline
-
-if TYPE_CHECKING:
-    from engine.speech.second_pass import Transcript
-else:
-    Transcript = Any
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +76,7 @@ class _Ended(NamedTuple):
     heard: list[_Placed]  # by the letters alone
     scores: Scores
     first: int  # position that the first frame is about
-    attempt: "Future[Transcript] | None"
+    attempt: Future[Transcript] | None
 
 
 class _Stream:
@@ -165,7 +161,11 @@ class SpeechWing:
         self._margin = round(_MARGIN_S * self._rate_hz)
         self._frame = 0  # samples; known with the first scores
         folder = spec.decoding.second_pass
-        self._second = _second(model.folder / folder) if folder else None
+        if folder and self._rate_hz != RATE_HZ:
+            raise ModelFileError(
+                f"decoding.second_pass: expected a model of {RATE_HZ} Hz, found {self._rate_hz:g}"
+            )
+        self._second = SecondPass(model.folder / folder) if folder else None
         self._num_workers = len(os.sched_getaffinity(0))
         self._workers = ThreadPoolExecutor(self._num_workers, "second-pass")
         self._attempts: list[Future[Transcript]] = []  # that were running when one was begun
@@ -365,7 +365,7 @@ class SpeechWing:
             stream.attempts[end] = self._attempt(stream, start, end + self._margin)
             self._trying.add(slot)
 
-    def _attempt(self, stream: _Stream, start: int, end: int) -> "Future[Transcript]":
+    def _attempt(self, stream: _Stream, start: int, end: int) -> Future[Transcript]:
         """Start the second pass over an utterance."""
         assert self._second is not None
         samples = stream.samples(max(stream.earliest, start - self._margin), end)
@@ -447,7 +447,7 @@ class SpeechWing:
             alternatives=tuple(dict.fromkeys(texts)),
         )
 
-    def _last_attempt(self, stream: _Stream, endpoint: Endpoint) -> "Future[Transcript] | None":
+    def _last_attempt(self, stream: _Stream, endpoint: Endpoint) -> Future[Transcript] | None:
         """Return the second pass over a whole utterance, which may be on its way or through."""
         if self._second is None:
             return None
@@ -542,12 +542,6 @@ def _seconds(over: _Ended, position: int, rate_hz: float) -> float:
     low, high = over.bounds
     distance = (min(max(position, low), high) - over.start) / rate_hz
     return round(over.final.start / over.rate_hz + distance, 3)
-
-
-def _second(folder: Path) -> Any:
-    from engine.speech.second_pass import SecondPass
-
-    return SecondPass(folder)
 
 
 def _decoder(model: Model, num_slots: int) -> GreedyDecoder | BeamDecoder:
