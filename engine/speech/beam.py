@@ -445,7 +445,7 @@ class BeamDecoder:
         labels: tuple[str, ...],
         num_slots: int,
         language: Language[Any] | None = None,
-        beam: int = 16,
+        beam: int = 24,
         margin: float = 12.0,
         floor: float = -7.0,
     ) -> None:
