@@ -67,9 +67,9 @@ class Score(NamedTuple):
 class Lags(NamedTuple):
     """Of some recordings, how long after its cause each thing came, in seconds."""
 
-    shown: list[float]  # from a right word's end to where it was first shown
+    shown: list[float]  # from a right word's end to where it was first shown, partial or final
+    in_partial: list[float]  # the same, of those right words that a partial showed
     final: list[float]  # to its final
-    only_in_final: int  # right words that no partial showed
     endpoint: list[float]  # from sending an endpoint's last sample to the final
     flush: list[float]  # from asking for the tail to the final
     average: list[float]  # average lagging of each recording
@@ -142,23 +142,22 @@ def unheard(clip: Clip) -> Score:
 
 def lags(heard: Iterable[tuple[Clip, Take]]) -> Lags:
     """Measure how soon things came, of recordings that were sent in real time."""
-    made = Lags([], [], 0, [], [], [])
+    made = Lags([], [], [], [], [], [])
     for clip, take in heard:
         told = utterances(take)
-        only_in_final = _word_lags(clip, take, told, made)
-        made = made._replace(only_in_final=made.only_in_final + only_in_final)
+        _word_lags(clip, take, told, made)
         for one in told:
             if one.final is not None:
                 _final_lag(take, one.final, one.final_at, made)
     return made
 
 
-def _word_lags(clip: Clip, take: Take, told: Sequence[Utterance], made: Lags) -> int:
-    """Note the lags of a recording's words; return how many right ones no partial showed."""
+def _word_lags(clip: Clip, take: Take, told: Sequence[Utterance], made: Lags) -> None:
+    """Note the lags of a recording's words."""
     reference = spoken.words(clip.text)
     right = {place for _, place in matches(reference, [w for one in told for w in one.words])}
     delays: list[float] = []
-    only_in_final = place = 0
+    place = 0
     for one in told:
         for first, end_s in zip(first_shown(one.partials, one.words), one.ends_s, strict=True):
             shown_at = one.final_at if first is None else first
@@ -166,11 +165,11 @@ def _word_lags(clip: Clip, take: Take, told: Sequence[Utterance], made: Lags) ->
             if place in right:
                 made.shown.append(shown_at - take.begin - end_s)
                 made.final.append(one.final_at - take.begin - end_s)
-                only_in_final += first is None
+                if first is not None:
+                    made.in_partial.append(made.shown[-1])
             place += 1
     if delays and reference:
         made.average.append(average_lagging(delays, take.seconds, len(reference)))
-    return only_in_final
 
 
 def _final_lag(take: Take, final: Final, at: float, made: Lags) -> None:
@@ -307,7 +306,8 @@ def latency(found: Lags) -> Report:
     return {
         "end_times": END_TIMES,
         "word_end_to_first_shown": told(found.shown),
-        "right_words_only_in_final": found.only_in_final,
+        "word_end_to_partial": told(found.in_partial),
+        "right_words_only_in_final": len(found.shown) - len(found.in_partial),
         "word_end_to_final": told(found.final),
         "endpoint_sent_to_final": told(found.endpoint),
         "flush_to_final": told(found.flush),
@@ -431,6 +431,7 @@ def _cost_lines(report: Report) -> Iterator[str]:
 def _latency_lines(found: Report) -> Iterator[str]:
     for key, what in (
         ("word_end_to_first_shown", "word's end to shown"),
+        ("word_end_to_partial", "  if by a partial"),
         ("word_end_to_final", "word's end to final"),
         ("endpoint_sent_to_final", "endpoint to final"),
         ("flush_to_final", "flush to final"),

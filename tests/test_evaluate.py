@@ -96,7 +96,7 @@ def test_lags_count_from_the_end_of_each_word(tones: ToneServer, tmp_path: Path)
         assert 0.1 <= lag <= 0.1 + slack_s
     # The final of both comes after 0.8 s of silence.
     assert found.final == pytest.approx([0.5 + 0.8, 0.8], abs=slack_s)
-    assert found.only_in_final == 0
+    assert found.in_partial == found.shown
     assert len(found.endpoint) == 2
     assert all(0 <= lag < slack_s for lag in found.endpoint)
     assert found.flush == []
@@ -147,7 +147,7 @@ def test_words_that_only_the_final_has_are_first_shown_there() -> None:
     found = evaluate.lags([(clip("one two twenty first"), take)])  # type: ignore[list-item]
     assert found.shown == pytest.approx([0.2, 1.0, 0.4, 0.4])
     assert found.final == pytest.approx([1.5, 1.0, 0.4, 0.4])
-    assert found.only_in_final == 3
+    assert found.in_partial == pytest.approx([0.2])
     assert found.endpoint == pytest.approx([101.9 - 101.5])
 
 
