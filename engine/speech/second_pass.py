@@ -33,7 +33,9 @@ _TOKENS_PER_S, _SPARE_TOKENS = 6.5, 8
 # last of an odd number of rows differently (1.32.0, MatMulNBits), and then a draft could change a
 # token.
 _FEWEST, _MOST = 1, 15
-_REACH = 6  # how far behind a wrong guess the right token is looked for
+# How far behind a wrong guess the right token is looked for, and one further for each that is not
+# found: it may be one that the draft lacks, a comma most often.
+_REACH = 4
 
 Memory = dict[str, NDArray[np.float32]]
 
@@ -151,7 +153,7 @@ class _Decoding:
     def run(self, draft: Sequence[int]) -> _Found:
         """Return the tokens up to the end, or to the bound."""
         found = _Found([], [])
-        rest, width, last = list(draft), _MOST, BEGIN
+        rest, width, last, missed = list(draft), _MOST, BEGIN, 0
         while True:
             guesses = rest[:width]
             if len(guesses) % 2 == 0:
@@ -167,7 +169,12 @@ class _Decoding:
                 if len(found.tokens) == self._most:
                     return _without_loop(found)
             last = found.tokens[-1]
-            rest = _behind(rest[right:], last)
+            rest = rest[right:]
+            near = rest[: _REACH + missed]
+            if last in near:
+                rest, missed = rest[near.index(last) + 1 :], 0
+            else:
+                missed += 1
 
     def _advance(self, tokens: list[int]) -> _Found:
         """Run some tokens, of which all but the first are guesses.
@@ -199,12 +206,6 @@ class _Decoding:
                 break
         self._known += len(found.tokens)
         return found
-
-
-def _behind(rest: list[int], token: int) -> list[int]:
-    """Return what is left of a draft after a token; it may have been left out or be another."""
-    near = rest[:_REACH]
-    return rest[near.index(token) + 1 :] if token in near else rest[1:]
 
 
 def _without_loop(found: _Found) -> _Found:
