@@ -31,6 +31,8 @@ REPLIES: list[m.Reply] = [
     m.Alert("bed-7", "ventricular_run", "active", "high", 3.0, 3.0, 180, 0.5, 250),
     m.Scores("bed-7", "speech", 512, (1, 2), b"\x00" * 8),
     m.Samples("bed-7", 0, 16000.0, b"\x00" * 8),
+    m.Partial("desk-1", 2, "the girl", 9216, 1),
+    m.Final("desk-1", 2, "The girl.", 0, 8000, 20800, "silence", (), ("The girl.", "the girl")),
 ]
 OPEN = {"type": "open", "stream": "a", "model": "heart", "rate_hz": 360.0, "unit": "mV"}
 CHUNK = {"type": "chunk", "stream": "a", "seq": 0, "index": 0, "data": b"\x00" * 4}
