@@ -109,7 +109,7 @@ def test_log_mel_is_what_its_definition_says(rng: np.random.Generator) -> None:
 def test_log_mel_is_that_of_kaldi_native_fbank(
     rng: np.random.Generator, shift: int, every: int, gain: float
 ) -> None:
-    knf = pytest.importorskip("kaldi_native_fbank", reason="needs kaldi-native-fbank")
+    knf = pytest.importorskip("kaldi_native_fbank", reason="needs the extra 'peers'")
     options = knf.FbankOptions()
     options.frame_opts.samp_freq = RATE_HZ
     options.frame_opts.dither = 0.0
