@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-torch = pytest.importorskip("torch", reason="needs the extra 'export'")
+pytest.importorskip("torch", reason="needs the extra 'export'")
+
+import torch
 
 from benchmarks import peers
 from engine import model_file
