@@ -111,8 +111,7 @@ class Transcript:
 class GreedyDecoder:
     """The most probable label of every frame, whatever stands beside it.
 
-    All rows are searched at once; Python is entered only where a row says a label. Nothing of
-    an utterance is kept but its words.
+    The labels of all rows are found at once. Nothing of an utterance is kept but its words.
 
     Parameters
     ----------
@@ -123,9 +122,9 @@ class GreedyDecoder:
 
     def __init__(self, labels: tuple[str, ...], num_slots: int) -> None:
         self._labels = labels
-        self._frames = np.zeros(num_slots, np.int64)
-        self._last = np.zeros(num_slots, np.intp)  # what the last frame said
-        self._scores = np.zeros(num_slots)
+        self._frames = [0] * num_slots
+        self._last = [BLANK] * num_slots  # what the last frame said
+        self._scores = [0.0] * num_slots
         self._transcripts = [Transcript(labels) for _ in range(num_slots)]
 
     def open(self, slot: int, speech: Speech) -> None:
@@ -134,8 +133,7 @@ class GreedyDecoder:
 
     def reset(self, slot: int) -> None:
         """Forget the utterance and count frames from 0."""
-        self._frames[slot] = self._last[slot] = 0
-        self._scores[slot] = 0.0
+        self._frames[slot], self._last[slot], self._scores[slot] = 0, BLANK, 0.0
         self._transcripts[slot] = Transcript(self._labels)
 
     def push(self, slots: NDArray[np.intp], log_probs: NDArray[np.float32]) -> None:
@@ -148,46 +146,29 @@ class GreedyDecoder:
         log_probs : (rows, frames, labels) float32
             Natural logarithms.
         """
-        rows, frames, _ = log_probs.shape
-        if not rows or not frames:
-            return
-        labels, heights = log_probs.argmax(axis=2), log_probs.max(axis=2)
-        begins = np.empty(labels.shape, bool)
-        begins[:, 0] = True
-        np.not_equal(labels[:, 1:], labels[:, :-1], out=begins[:, 1:])
-        places = np.flatnonzero(begins)  # where runs of one label begin, row after row
-        runs = _Runs(
-            row=places // frames,
-            label=labels.ravel()[places],
-            first=places % frames,
-            last=(np.append(places[1:], rows * frames) - 1) % frames + 1,
-            peak=np.maximum.reduceat(heights.ravel(), places),
-        )
-        self._emit(slots, runs)
-        # One after the other, so that any cutting adds the same numbers in the same order.
-        sums = np.concatenate([self._scores[slots, None], heights], axis=1, dtype=np.float64)
-        self._scores[slots] = np.add.accumulate(sums, axis=1)[:, -1]
-        self._last[slots] = labels[:, -1]
-        self._frames[slots] += frames
+        # A step has a few frames of a row: over these a loop costs no more than arrays would, and
+        # far less where a row comes alone.
+        labels, heights = log_probs.argmax(axis=2).tolist(), log_probs.max(axis=2).tolist()
+        for slot, *row in zip(slots.tolist(), labels, heights, strict=True):
+            self._read(slot, *row)
 
-    def _emit(self, slots: NDArray[np.intp], runs: "_Runs") -> None:
-        """Give what was said to the rows that said it."""
-        said = np.flatnonzero(runs.label != BLANK)
-        row, label, first, last, peak = (field[said] for field in runs)
-        slot = slots[row]
-        goes_on = (first == 0) & (label == self._last[slot])
-        first, last = first + self._frames[slot], last + self._frames[slot]
-        lists = (field.tolist() for field in (slot, goes_on, label, first, last, peak))
-        for number, extends, *emitted in zip(*lists, strict=True):
-            transcript = self._transcripts[number]
-            if extends:
-                transcript.extend(Emitted(*emitted))
-            else:
-                transcript.add(Emitted(*emitted))
+    def _read(self, slot: int, labels: list[int], heights: list[float]) -> None:
+        """Take one row's frames: what each says, and the logarithm of its probability."""
+        frame, last, score = self._frames[slot], self._last[slot], self._scores[slot]
+        transcript = self._transcripts[slot]
+        for label, height in zip(labels, heights, strict=True):
+            if label != BLANK:
+                emitted = Emitted(label, frame, frame + 1, height)
+                if label == last:
+                    transcript.extend(emitted)
+                else:
+                    transcript.add(emitted)
+            frame, last, score = frame + 1, label, score + height
+        self._frames[slot], self._last[slot], self._scores[slot] = frame, last, score
 
     def best(self, slot: int, ended: bool = False) -> Hypothesis:
         """Return what the row has said since its last reset."""
-        return Hypothesis(self._transcripts[slot].spoken(), float(self._scores[slot]))
+        return Hypothesis(self._transcripts[slot].spoken(), self._scores[slot])
 
     def alternatives(self, slot: int, count: int) -> list[Hypothesis]:
         """Return the only hypothesis there is."""
@@ -195,7 +176,7 @@ class GreedyDecoder:
 
     def frames(self, slot: int) -> int:
         """Return the frames since the last reset."""
-        return int(self._frames[slot])
+        return self._frames[slot]
 
     def stable_words(self, slot: int) -> int:
         """Return how many words are complete."""
@@ -203,21 +184,11 @@ class GreedyDecoder:
 
     def take(self, slot: int) -> tuple[Any, ...]:
         """Return everything that the row carries, in numbers and lists."""
-        frames, last = int(self._frames[slot]), int(self._last[slot])
         transcript = self._transcripts[slot]
-        return frames, last, float(self._scores[slot]), transcript.words[:], transcript.open[:]
+        said = transcript.words[:], transcript.open[:]
+        return self._frames[slot], self._last[slot], self._scores[slot], *said
 
     def put(self, slot: int, carried: Sequence[Any]) -> None:
         """Go on from what was taken, also after a way through bytes."""
         self._frames[slot], self._last[slot], self._scores[slot], words, open_word = carried
         self._transcripts[slot] = Transcript(self._labels, words, open_word)
-
-
-class _Runs(NamedTuple):
-    """Stretches in which a row says the same label; one array a field."""
-
-    row: NDArray[np.intp]
-    label: NDArray[np.intp]
-    first: NDArray[np.intp]  # frame of this push
-    last: NDArray[np.intp]  # exclusive
-    peak: NDArray[np.float32]
