@@ -29,6 +29,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from engine import model_file
 from engine.model_file import open_session
 from engine.speech import build, moonshine, tensors
+from engine.speech.second_pass import LONGEST_S, MOST_TOKENS, RATE_HZ
 from engine.speech.tensors import HEAD, HEADS, LAYERS, ROTATED, WIDTH, Linear, Parts, Tensors
 from exporters.moonshine import (
     LONGEST_FRAMES,
@@ -47,8 +48,6 @@ Form = Literal["float", "columns", "blocks"]
 Array = NDArray[Any]
 
 SERVED = Chunking(24, 16, 192)
-LONGEST_S = 30.0  # of an utterance; the decoder may take as many steps as that allows
-_MOST_TOKENS = 256
 _RATIO = 6  # frames of the first convolution in one of the last
 _EXTRA = 7
 _EPSILON = 1e-5  # of all norms
@@ -418,7 +417,7 @@ def whole(parts: Parts, form: Form) -> Graph:
     mean = graph.op("ReduceMean", all_of_it, [1], keepdims=1)
     square = graph.op("ReduceMean", graph.op("Mul", all_of_it, all_of_it), [1], keepdims=1)
     x = _stem(graph, _normed(graph, h, mean, square))
-    longest = int(LONGEST_S * 16000 / SAMPLES_PER_FRAME) + 1
+    longest = int(LONGEST_S * RATE_HZ / SAMPLES_PER_FRAME) + 1
     normed = graph.norm(x, "layers.0.norm1")
     for layer in range(LAYERS):
         q, k, v = (
@@ -484,8 +483,8 @@ def _self_attended(graph: Graph, normed: str, layer: int) -> str:
     qkv = graph.product(normed, f"layers.{layer}.qkv")
     values = f"values.{layer}"
     q, k, v = graph.ops("Split", qkv, into=["", "", f"{values}.new"], axis=2, num_outputs=3)
-    q = graph.turned(q, "position", _MOST_TOKENS)
-    k = graph.turned(k, "position", _MOST_TOKENS, into=f"keys.{layer}.new")
+    q = graph.turned(q, "position", MOST_TOKENS)
+    k = graph.turned(k, "position", MOST_TOKENS, into=f"keys.{layer}.new")
     both = []
     for name, new in ((f"keys.{layer}", k), (values, v)):
         graph.input(name, [1, "old", WIDTH])
@@ -682,8 +681,8 @@ def _losses(
 ) -> dict[str, float]:
     """Measure on a recording what each rounding changes of the letters' probabilities."""
     audio, rate_hz = soundfile.read(path, dtype="float32")
-    if rate_hz != 16000 or audio.ndim != 1:
-        raise ExportError(f"{path}: expected mono at 16000 Hz, found {rate_hz} Hz")
+    if rate_hz != RATE_HZ or audio.ndim != 1:
+        raise ExportError(f"{path}: expected mono at {RATE_HZ} Hz, found {rate_hz} Hz")
     chunks = (len(audio) - window_samples(SERVED)) // (SERVED.chunk * SAMPLES_PER_FRAME) + 1
     found = {}
     with torch.no_grad():
