@@ -110,3 +110,41 @@ def test_utterances_follow_each_other_and_hold_all_voice(
     told = {t for one in found for t in range(one.start, one.end, HOP)}
     assert voiced <= told
     assert all(one.end - one.start <= 1000 for one in found)
+
+
+@given(
+    before=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=4),
+    quiet=st.integers(0, 60),
+    step=st.lists(st.booleans(), min_size=1, max_size=30),
+    silence_s=st.floats(0.1, 0.6),
+    longest_s=st.floats(1.0, 4.0),
+)
+def test_where_it_goes_on_no_endpoint_comes_whatever_is_heard(
+    before: list[tuple[int, int]],
+    quiet: int,
+    step: list[bool],
+    silence_s: float,
+    longest_s: float,
+) -> None:
+    talk = Endpointer(Speech(silence_s=silence_s, max_utterance_s=longest_s), RATE_HZ)
+    now = 0
+    for voiced, pause in before:
+        talk.hear(now, now + voiced * HOP)
+        now += (voiced + pause) * HOP
+    now += (quiet - before[-1][1]) * HOP
+    goes_on = talk.goes_on(now + len(step) * HOP)
+    came = []
+    for is_voice in step:
+        if is_voice:
+            talk.hear(now, now + HOP)
+        now += HOP
+        came.append(talk.decide(now, now, True))
+    assert not goes_on or came == [None] * len(step)
+
+
+def test_it_goes_on_in_the_middle_of_talk_and_not_for_ever() -> None:
+    talk = Endpointer(Speech(silence_s=0.5), RATE_HZ)
+    assert not talk.goes_on(1000)
+    talk.hear(1000, 2000)
+    assert talk.goes_on(2400)
+    assert not talk.goes_on(2500)

@@ -71,6 +71,7 @@ class Transcript:
         self._separator = labels.index(SEPARATOR) if SEPARATOR in labels else None
         self.words = [Spoken(*word) for word in words]  # complete
         self.open = [Emitted(*label) for label in last_word]  # of a word that may go on
+        self._spoken: tuple[Spoken, ...] | None = None
 
     def copy(self) -> "Transcript":
         """Return one that may go on otherwise."""
@@ -79,6 +80,7 @@ class Transcript:
         return other
 
     def add(self, emitted: Emitted) -> None:
+        self._spoken = None
         if self._separator is None or emitted.label == self._separator:
             self.words += self._last_word()
             self.open = []
@@ -87,13 +89,17 @@ class Transcript:
 
     def extend(self, emitted: Emitted) -> None:
         """Add frames in which the last label goes on."""
+        self._spoken = None
         if emitted.label != self._separator:
             before = self.open[-1]
             peak = max(before.peak, emitted.peak)
             self.open[-1] = before._replace(last=emitted.last, peak=peak)
 
     def spoken(self) -> tuple[Spoken, ...]:
-        return (*self.words, *self._last_word())
+        """Return the words; the same object as before if nothing was added."""
+        if self._spoken is None:
+            self._spoken = (*self.words, *self._last_word())
+        return self._spoken
 
     @property
     def num_complete(self) -> int:

@@ -70,6 +70,16 @@ class Endpointer:
         else:
             self.spans.append([begin, end])
 
+    def goes_on(self, known: int) -> bool:
+        """Return whether no endpoint can come up to a position, whatever is heard until then.
+
+        Text and voice are known up to the same position; most steps have only this to ask.
+        """
+        if not self.spans:
+            return False
+        length, pause = known - self.spans[0][0], known - self.spans[-1][1]
+        return length < self._longest and pause < self._wanted(length)
+
     def decide(self, clock: int, known: int, says_something: bool) -> Endpoint | None:
         """Return the endpoint that has come, if one has.
 

@@ -91,6 +91,7 @@ class _Stream:
         self.audio: deque[NDArray[np.float32]] = deque()  # the last of them, for the second pass
         self.ended: deque[_Ended] = deque()
         self.shown = (0, "")  # the last partial's utterance and text
+        self.spoken: tuple[Spoken, ...] | None = None  # what it was made of
         self.attempts: dict[int, Future[Transcript]] = {}  # by where their voice ends
         self.begin_anew(0)
 
@@ -166,6 +167,8 @@ class SpeechWing:
                 f"decoding.second_pass: expected a model of {RATE_HZ} Hz, found {self._rate_hz:g}"
             )
         self._second = SecondPass(model.folder / folder) if folder else None
+        # Then nothing but what the decoder says can change what is shown.
+        self._only_words = not self._separator and self._second is None
         self._num_workers = len(os.sched_getaffinity(0))
         self._workers = ThreadPoolExecutor(self._num_workers, "second-pass")
         self._attempts: list[Future[Transcript]] = []  # that were running when one was begun
@@ -262,6 +265,13 @@ class SpeechWing:
         endpointer = stream.endpointer
         hop = len(scores) * self._frame // len(voice)
         taken = max(0, (stream.earliest - clock) // self._frame)
+        over = clock + len(voice) * hop
+        aligned = not self._ahead and stream.earliest <= clock
+        if aligned and over < end and endpointer.goes_on(over):
+            for number in np.flatnonzero(voice).tolist():
+                endpointer.hear(clock + number * hop, clock + (number + 1) * hop)
+            self._keep(stream, scores, clock)
+            return True
         for number, is_voice in enumerate(voice.tolist(), 1):
             now, frames = clock + number * hop, number * hop // self._frame
             known = min(now + self._ahead, end)
@@ -324,6 +334,9 @@ class SpeechWing:
         text, stable = "", 0
         if stream.endpointer.speaking:
             spoken = self._decoder.best(slot).words
+            if spoken is stream.spoken and self._only_words:
+                return []
+            stream.spoken = spoken
             words = self._placed(stream, spoken)
             stable = len(self._placed(stream, spoken[: self._decoder.stable_words(slot)]))
             self._try(slot, stream, known, bool(words))
