@@ -78,16 +78,19 @@ def _log_mel(recipe: LogMel, windows: NDArray[np.float32], rate_hz: float) -> ND
     fft_size = 1 << (size - 1).bit_length()
     taper, filters = _taper(size, recipe.gain), mel_filters(recipe.bins, fft_size, rate_hz)
     features = np.empty((len(windows), num_frames, recipe.bins), np.float32)
-    step = max(1, _BLOCK_FRAMES // num_frames)
-    padded = np.zeros((min(step, len(windows)), num_frames, fft_size), np.float32)
+    step = max(1, min(len(windows), _BLOCK_FRAMES // num_frames))
+    padded = np.zeros((step, num_frames, fft_size), np.float32)
+    sharp = np.zeros((step, windows.shape[1]), np.float32)
+    framed = np.lib.stride_tricks.sliding_window_view(sharp, size, axis=1)
+    framed = framed[:, ::shift][:, :num_frames]
     for start in range(0, len(windows), step):
         block = windows[start : start + step]
+        count = len(block)
         # Pre-emphasis of the whole window is that of each frame: the taper's first value is 0.
-        sharp = block.copy()
-        sharp[:, 1:] -= _PREEMPHASIS * block[:, :-1]
-        framed = np.lib.stride_tricks.sliding_window_view(sharp, size, axis=1)
-        part = padded[: len(block)]
-        np.multiply(framed[:, ::shift][:, :num_frames], taper, out=part[:, :, :size])
+        np.multiply(block[:, :-1], -_PREEMPHASIS, out=sharp[:count, 1:])
+        sharp[:count, 1:] += block[:, 1:]
+        part = padded[:count]
+        np.multiply(framed[:count], taper, out=part[:, :, :size])
         spectrum = fft.rfft(part, axis=2)
         parts = spectrum.view(np.float32)
         np.multiply(parts, parts, out=parts)
