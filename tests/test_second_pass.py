@@ -95,14 +95,39 @@ def test_words_and_tokens_spell_the_text(recogniser: SecondPass, heard: list[Sam
     assert all(0 < word.confidence <= 1 for word in found.words)
 
 
-def test_a_hotword_is_preferred_and_a_strange_one_changes_nothing(
+def test_a_hotword_that_nobody_says_changes_nothing(
     recogniser: SecondPass, heard: list[Samples]
 ) -> None:
-    expected = recogniser.transcribe(heard[0])
-    strange = recogniser.transcribe(heard[0], (), [Hotword("xylophone", 2.0)])
-    assert strange.tokens == expected.tokens
-    forced = recogniser.transcribe(heard[0], (), [Hotword("Xylophone", 20.0)])
-    assert "xylo" in forced.text.lower()  # the boost is absurd, and may begin it again and again
+    strange = [Hotword("xylophone", 2.0), Hotword("Heathcliff", 2.0)]
+    for samples in heard:
+        expected = recogniser.transcribe(samples).tokens
+        assert recogniser.transcribe(samples, (), strange).tokens == expected
+
+
+def test_a_hotword_is_raised_token_by_token(recogniser: SecondPass) -> None:
+    first, second, *_ = spelt = recogniser.vocabulary.encode("xylophone")
+    assert len(spelt) > 2
+    rival = 1000
+    logits = np.zeros(32768, np.float32)
+    logits[rival], logits[first], logits[second] = 10.0, 9.6, 8.5
+
+    def chosen(boost: float, times: int) -> list[int]:
+        phrases = second_pass._Phrases(recogniser.vocabulary, [Hotword("xylophone", boost)])
+        return [phrases.choose(rival, -0.5, logits)[0] for _ in range(times)]
+
+    # A quarter of the boost for what begins it, 0.5 of 2; all of it for what goes on.
+    assert chosen(2.0, 2) == [first, second]
+    assert chosen(1.0, 2) == [rival, rival]
+    assert chosen(-20.0, 1) == [rival]
+
+
+def test_confidence_is_without_the_boost(recogniser: SecondPass) -> None:
+    first = recogniser.vocabulary.encode("xylophone")[0]
+    logits = np.zeros(32768, np.float32)
+    logits[1000], logits[first] = 10.0, 9.6
+    phrases = second_pass._Phrases(recogniser.vocabulary, [Hotword("xylophone", 4.0)])
+    token, log_prob = phrases.choose(1000, -0.5, logits)
+    assert (token, log_prob) == (first, pytest.approx(-0.9))
 
 
 @pytest.mark.parametrize("count", [0, 1, 500, 3200, 3201])

@@ -36,6 +36,8 @@ _FEWEST, _MOST = 1, 15
 # How far behind a wrong guess the right token is looked for, and one further for each that is not
 # found: it may be one that the draft lacks, a comma most often.
 _REACH = 4
+# Of a hotword's boost, for the first of its tokens, with which other words begin too.
+_FIRST_PART = 0.25
 
 Memory = dict[str, NDArray[np.float32]]
 
@@ -247,7 +249,7 @@ class _Phrases:
         total = float(logits[token]) - log_prob
         candidates = [*self._begun, *((phrase, 0) for phrase in self._spelt)]
         raised = logits.copy()
-        for number, boost in {phrase[n]: self._spelt[phrase] for phrase, n in candidates}.items():
+        for number, boost in self._boosts(candidates).items():
             raised[number] += boost
         best = int(raised.argmax())
         self._begun = [
@@ -256,3 +258,12 @@ class _Phrases:
             if phrase[place] == best and place + 1 < len(phrase)
         ]
         return best, float(logits[best]) - total
+
+    def _boosts(self, candidates: list[tuple[tuple[int, ...], int]]) -> dict[int, float]:
+        """Return by how much each token is raised; if several phrases name it, by the most."""
+        boosts: dict[int, float] = {}
+        for phrase, place in candidates:
+            part = _FIRST_PART if place == 0 and len(phrase) > 1 else 1.0
+            boost = part * self._spelt[phrase]
+            boosts[phrase[place]] = max(boost, boosts.get(phrase[place], boost))
+        return boosts
