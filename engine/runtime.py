@@ -11,7 +11,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -99,7 +99,7 @@ class CpuRuntime:
         self.arena = np.empty((num_slots, len(self.initial)), np.float32)
         # Threads inherit the flush-to-zero flag that the first session set in this one.
         self._threads = threads
-        self._workers = ThreadPoolExecutor(threads) if threads > 1 else None
+        self._helpers = ThreadPoolExecutor(threads - 1) if threads > 1 else None
         self.single = not model.batchable
         self._pad_to = 1
         if model.batchable:
@@ -145,12 +145,16 @@ class CpuRuntime:
         self.runs.update((part.stop - part.start, hops) for part in parts)
         # A core that takes part must first fetch the weights, which costs as much as some ten
         # rows (docs/decisions.md); only a full batch says that there is work for all of them.
-        if len(slots) < self.max_rows or self._workers is None:
-            done = [self._step_part(slots[part], windows[part]) for part in parts]
-        else:
-            done = list(
-                self._workers.map(lambda part: self._step_part(slots[part], windows[part]), parts)
-            )
+        # This thread takes its share: two helpers that are woken at once were seen to be put on one
+        # core, the other left idle for some ten milliseconds.
+        helped: list[Future[Outputs]] = []
+        if len(slots) == self.max_rows and self._helpers is not None:
+            parts, others = parts[:1], parts[1:]
+            helped = [
+                self._helpers.submit(self._step_part, slots[part], windows[part]) for part in others
+            ]
+        done = [self._step_part(slots[part], windows[part]) for part in parts]
+        done += [one.result() for one in helped]
         if len(done) == 1:
             return done[0]
         return {name: np.concatenate([part[name] for part in done]) for name in done[0]}
