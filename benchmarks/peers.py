@@ -15,6 +15,7 @@ by 4, four LSTM of 256), in steps of 160 ms, whose blank is as frequent as in a 
 """
 
 import argparse
+import gc
 import importlib
 import importlib.metadata
 import json
@@ -186,6 +187,7 @@ def compare(
     early = sherpa.wrap(model).early_samples
     ours = Ours(model, sounds[:, early:], threads)
     theirs = Theirs(model, sounds, threads)
+    gc.freeze()  # as the server does: no collection looks at the chunks that are still to come
     next_hop = len(silence) // hop + 2
     for number in range(next_hop):
         ours.push(number)
@@ -197,6 +199,7 @@ def compare(
             _timed((ours, theirs)[who], range(next_hop, begin))
             seconds[turn, who] = _timed((ours, theirs)[who], range(begin, end))
         next_hop = end
+    gc.unfreeze()
     theirs.push(next_hop)  # it hears a hop once the next has begun
     texts = [(ours.text(stream), theirs.text(stream)) for stream in range(streams)]
     sound_s = streams * hops * hop / RATE_HZ
