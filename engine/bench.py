@@ -10,7 +10,7 @@ import os
 import random
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from operator import itemgetter
 from pathlib import Path
@@ -41,8 +41,9 @@ RECORDINGS = Path("../shared/data/speech")
 _FIRST_STREAMS = 8
 _MOST_RUNS = 8
 _FULL, _NEARLY = 0.9, 0.8  # shares of a core: the next run's, and what is enough
-_LESS = 0.75  # of the streams that were too many
-_LATE_MS = 1000.0  # 99 of 100 results are sooner, or it is not real time
+# 99 of 100 results are sooner, or it is not real time. A final may wait for a second pass, which
+# takes half a second of a core for a long utterance, behind those of other streams.
+_LATE_MS, _FINAL_LATE_MS = 1000.0, 3000.0
 
 
 def recording() -> Signal:
@@ -134,7 +135,7 @@ def load(model: str = "heart", streams: int = 1000, seconds: float = 30) -> Repo
         "figure": float(np.percentile(outcome.latency, 99) * 1e3),
         "deadline_ms": deadline_ms,
         "streams": streams,
-        **_percentiles(outcome),
+        **_percentiles(outcome.latency),
         "events": len(outcome.latency),
         "events_late": float(np.mean(outcome.latency * 1e3 > deadline_ms)),
         "hops_late": spent.missed_deadlines / spent.rows,
@@ -151,6 +152,7 @@ def capacity(
     split: str | None = "valid",
     chunk_s: float = 0.1,
     seconds: float = 20.0,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Tell how many streams one core carries in real time: the whole server, the load elsewhere.
 
@@ -170,6 +172,8 @@ def capacity(
     chunk_s : float
     seconds : float
         Of each run.
+    tell : callable
+        Takes a line before each run.
     """
     loaded = model_file.load(model)
     is_speech = loaded.spec.pipeline == "speech"
@@ -177,18 +181,19 @@ def capacity(
     data = data or [RECORDINGS / name for name in names]
     signal = speech(data, split) if is_speech else recording()
     runs: list[Report] = []
-    wanted = _FIRST_STREAMS
-    while wanted and len(runs) < _MOST_RUNS:
+    enough, too_many, wanted = 0, math.inf, _FIRST_STREAMS
+    while wanted > enough and len(runs) < _MOST_RUNS:
+        tell(f"{wanted} streams for {seconds:g} s ...")
         run = _carry(model, loaded, signal, wanted, chunk_s, seconds)
         runs.append(run)
-        if run["in_time"] and wanted >= _NEARLY * run["streams_per_core"]:
-            break
-        too_many = min((run["streams"] for run in runs if not run["in_time"]), default=math.inf)
+        if run["in_time"]:
+            enough = wanted
+            if wanted >= _NEARLY * run["streams_per_core"]:
+                break
+        else:
+            too_many = wanted
         possible = run.get("streams_per_core", math.inf)
-        more = math.floor(min(_FULL * possible, _LESS * too_many))
-        if run["in_time"] and more <= wanted:
-            break
-        wanted = more
+        wanted = math.floor(min(_FULL * possible, (enough + too_many) / 2))
     best = max((run for run in runs if run["in_time"]), key=itemgetter("streams"), default=None)
     if best is None:
         raise MurmurError(f"{model}: one core does not carry {runs[-1]['streams']} in real time")
@@ -223,21 +228,17 @@ def _carry(
             return {"streams": streams, "in_time": False, "why": str(error)}
         resident = server.counts().resident_bytes
     cpu = spent.cpu_seconds / outcome.seconds
-    times = {"": outcome.latency, "final_": outcome.final_latency}
-    found = {
-        f"{kind}p{p}_ms": float(np.percentile(values, p) * 1e3)
-        for kind, values in times.items()
-        if len(values)
-        for p in (50, 95, 99)
-    }
+    live, finals = _percentiles(outcome.latency), _percentiles(outcome.final_latency)
     return {
         "streams": streams,
-        "in_time": all(value <= _LATE_MS for value in found.values()),
+        "in_time": live.get("p99_ms", 0.0) <= _LATE_MS
+        and finals.get("p99_ms", 0.0) <= _FINAL_LATE_MS,
         "streams_per_core": streams / cpu,
         "server_cpu_s_per_s_of_sound": cpu / streams,
         "server_cores": cpu,
         "of_that_in_steps": spent.step_seconds / spent.cpu_seconds,
-        **found,
+        **live,
+        **{f"final_{name}": value for name, value in finals.items()},
         "results": len(outcome.latency),
         "finals": len(outcome.final_latency),
         "hops_late": spent.missed_deadlines / spent.rows,
@@ -443,8 +444,11 @@ def _chunk(signal: Signal) -> int:
     return round(CHUNK_S * signal.rate_hz)
 
 
-def _percentiles(outcome: Outcome) -> dict[str, float]:
-    values = np.percentile(outcome.latency, [50, 95, 99]) * 1e3
+def _percentiles(latency: NDArray[np.float64]) -> dict[str, float]:
+    """Return three of some seconds, in ms; none of none."""
+    if not len(latency):
+        return {}
+    values = np.percentile(latency, [50, 95, 99]) * 1e3
     return {f"p{p}_ms": float(v) for p, v in zip((50, 95, 99), values, strict=True)}
 
 

@@ -543,7 +543,10 @@ def bench_capacity(
     """Streams that one core carries in real time: the whole server, on a core of its own."""
     from engine import bench
 
-    _report(lambda: bench.capacity(model, data or (), split, chunk_ms / 1000, seconds), as_json)
+    chunk_s = chunk_ms / 1000
+    _report(
+        lambda: bench.capacity(model, data or (), split, chunk_s, seconds, _tell_ready), as_json
+    )
 
 
 @bench_app.command("parity")
