@@ -264,6 +264,7 @@ class Client:
         index: int = 0,
         latency_ms: float | None = None,
         speech: messages.Speech = _SPEECH,
+        subject: str | None = None,
     ) -> Stream:
         """Start a stream; see :class:`engine.messages.Open` for what the values mean.
 
@@ -273,7 +274,18 @@ class Client:
             With the server's code and reason.
         """
         request = messages.Open(
-            stream, model, rate_hz, unit, channels, dtype, gain, offset, index, latency_ms, speech
+            stream,
+            model,
+            rate_hz,
+            unit,
+            channels,
+            dtype,
+            gain,
+            offset,
+            index,
+            latency_ms,
+            speech,
+            subject,
         )
         try:
             msgspec.convert(msgspec.to_builtins(request), messages.Open)

@@ -49,6 +49,7 @@ _MANY = 8
 _LONGEST_PAUSE_S = 0.1
 _PUBLISHED = (
     messages.Beat,
+    messages.Measures,
     messages.Alert,
     messages.Scores,
     messages.Samples,

@@ -67,6 +67,7 @@ class Open(Message, frozen=True):
     index: Index = 0  # of the first sample to come
     latency_ms: Annotated[float, Meta(ge=0.01, le=60_000)] | None = None  # None: the model's own
     speech: Speech | None = None  # None: its defaults; of no use to other pipelines
+    subject: Name | None = None  # pseudonym of whom the signal is of; None: the stream's name
 
 
 class Chunk(Message, frozen=True):
@@ -191,6 +192,19 @@ class Beat(Message, frozen=True):
     heart_rate_bpm: float | None  # None until two intervals are known
 
 
+class Measures(Message, frozen=True):
+    """What is known of the signal at a sample, each value under its name with its unit.
+
+    A measure that is not known is absent: it is neither zero nor what it was before.
+    """
+
+    stream: str
+    index: int  # of the sample that the values are about
+    seconds: float
+    decided_at: int
+    values: dict[str, float]
+
+
 class Alert(Message, frozen=True):
     """A rule became active, or was resolved."""
 
@@ -259,7 +273,7 @@ class Final(Message, frozen=True):
 
 
 Request = Hello | Open | Chunk | Flush | Close | Ping
-Result = Beat | Alert | Scores | Samples | Partial | Final | Gap
+Result = Beat | Measures | Alert | Scores | Samples | Partial | Final | Gap
 Reply = Welcome | Opened | Ack | Flushed | Closed | Pong | Error | Result
 
 encode = msgspec.msgpack.Encoder().encode

@@ -164,7 +164,7 @@ class _Hearing:
 
     def _time(self, message: Message, now: float) -> None:
         match message:
-            case messages.Beat() | messages.Alert():
+            case messages.Beat() | messages.Measures() | messages.Alert():
                 last = message.decided_at
             case messages.Scores() | messages.Partial():
                 last = message.index

@@ -107,6 +107,10 @@ def line(message: Message) -> str:
             bpm = f"{rate:5.0f} bpm" if rate is not None else "    - bpm"
             what = f"beat {message.label}  p {message.probability:.2f} {bpm}"
             return _placed(message.seconds, message.stream, what)
+        case messages.Measures():
+            values = message.values.items()
+            what = "measures " + "  ".join(f"{name} {value:g}" for name, value in values)
+            return _placed(message.seconds, message.stream, what)
         case messages.Alert():
             rule, state = message.rule.replace("_", " "), message.state.upper()
             what = f"alert {rule} {state}: {message.value:g}, limit {message.limit:g}"

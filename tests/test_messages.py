@@ -12,7 +12,7 @@ from engine import messages as m
 
 REQUESTS: list[m.Request] = [
     m.Hello(1, "a client"),
-    m.Open("bed-7", "heart", 360.0, "mV", 2, "i2", 0.005, -1.0, 100, 50.0),
+    m.Open("bed-7", "heart", 360.0, "mV", 2, "i2", 0.005, -1.0, 100, 50.0, None, "p-17"),
     m.Chunk("bed-7", 3, 1080, b"\x00\x01\x02\x03"),
     m.Flush("bed-7", 9),
     m.Close("bed-7"),
@@ -28,6 +28,7 @@ REPLIES: list[m.Reply] = [
     m.Pong(4),
     m.Error("malformed", "why", "bed-7", 3),
     m.Beat("bed-7", 180, 0.5, "N", 0.75, 250, None),
+    m.Measures("bed-7", 180, 0.5, 250, {"heart_rate_bpm": 61.5}),
     m.Alert("bed-7", "ventricular_run", "active", "high", 3.0, 3.0, 180, 0.5, 250),
     m.Scores("bed-7", "speech", 512, (1, 2), b"\x00" * 8),
     m.Samples("bed-7", 0, 16000.0, b"\x00" * 8),
