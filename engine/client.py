@@ -61,13 +61,22 @@ class Stream:
         self._flushes = self._flushed = 0  # asked for, answered
         self._closing = False
 
-    def send(self, samples: ArrayLike) -> None:
+    def send(
+        self,
+        samples: ArrayLike,
+        t_device: float | None = None,
+        flags: messages.Flags | None = None,
+    ) -> None:
         """Send samples, after those of the last call; waits while there is no credit.
 
         Parameters
         ----------
         samples : (samples,) or (samples, channels)
             In the units of the open request: `gain` and `offset` are applied by the server.
+        t_device : float, optional
+            Seconds of the first of them, by the clock that the open request names.
+        flags : messages.Flags, optional
+            What the device says of all of them.
 
         Raises
         ------
@@ -80,7 +89,8 @@ class Stream:
         limit = self._client.max_chunk_bytes // (self._dtype.itemsize * self.request.channels)
         limit = max(1, min(limit, self._largest))
         for start in range(0, len(values), limit):
-            self._send(values[start : start + limit])
+            time_s = None if t_device is None else t_device + start / self.request.rate_hz
+            self._send(values[start : start + limit], time_s, flags)
 
     def skip(self, samples: int) -> None:
         """Leave out samples that are missing: the next chunk begins so much later.
@@ -149,12 +159,17 @@ class Stream:
             raise ValueError(f"samples: expected (any, {channels}), found {values.shape}")
         return np.ascontiguousarray(values, self._dtype)
 
-    def _send(self, values: NDArray[Any]) -> None:
+    def _send(
+        self, values: NDArray[Any], t_device: float | None, flags: messages.Flags | None
+    ) -> None:
         self._client.wait(
             lambda: self._in_flight + len(values) <= self._credit or self.closed is not None
         )
         self._raise_if_closed()
-        chunk = messages.Chunk(self.name, self._seq, self._index, values.tobytes())
+        t_published = None if self.request.clock is None else time.time()
+        chunk = messages.Chunk(
+            self.name, self._seq, self._index, values.tobytes(), t_device, t_published, flags
+        )
         self._seq += 1
         self._index += len(values)
         self._in_flight += len(values)
@@ -198,8 +213,7 @@ class Stream:
         # From where it was acknowledged: what was skipped since then is told as a gap once more.
         first = self._acked
         self._kept = deque(
-            messages.Chunk(self.name, seq, chunk.index, chunk.data)
-            for seq, chunk in enumerate(self._kept)
+            msgspec.structs.replace(chunk, seq=seq) for seq, chunk in enumerate(self._kept)
         )
         self._seq, self._credit = len(self._kept), 0
         told: list[Message] = [msgspec.structs.replace(self.request, index=first), *self._kept]
@@ -265,6 +279,9 @@ class Client:
         latency_ms: float | None = None,
         speech: messages.Speech = _SPEECH,
         subject: str | None = None,
+        device: messages.Device | None = None,
+        channel_info: tuple[messages.Channel, ...] = (),
+        clock: messages.Clock | None = None,
     ) -> Stream:
         """Start a stream; see :class:`engine.messages.Open` for what the values mean.
 
@@ -286,6 +303,9 @@ class Client:
             latency_ms,
             speech,
             subject,
+            device,
+            channel_info,
+            clock,
         )
         try:
             msgspec.convert(msgspec.to_builtins(request), messages.Open)

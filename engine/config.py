@@ -34,6 +34,15 @@ class Limits(_Section, frozen=True):
     stream_timeout_s: Positive = 600.0  # a stream without a chunk for so long is closed
     max_load: Positive = 0.7  # part of the measured capacity that is given away
     drain_s: Positive = 10.0  # at SIGTERM, to finish what has arrived
+    bridge_s: Annotated[float, Meta(ge=0, le=1)] = 0.05  # a gap up to here is interpolated
+    reorder_chunks: Annotated[int, Meta(ge=0, le=64)] = 2  # that wait for one they overtook
+
+
+class Subjects(_Section, frozen=True):
+    """Whom the streams are of, and how they may be named."""
+
+    require_pseudonyms: bool = False  # refuse a subject in the clear, and a stream without one
+    pattern: str = "[a-z0-9]{8,64}"  # regular expression that a whole pseudonym matches
 
 
 class Config(_Section, frozen=True):
@@ -46,6 +55,7 @@ class Config(_Section, frozen=True):
     provider: Literal["cpu", "cuda"] = "cpu"
     threads: Annotated[int, Meta(ge=0, le=256)] = 0  # cores for the models; 0: all
     limits: Limits = Limits()
+    subjects: Subjects = Subjects()
 
     @property
     def num_threads(self) -> int:

@@ -222,7 +222,7 @@ class Lane:
             return []
         ack, mark = session.passed(position)
         self._mark[slot] = _NEVER if mark is None else mark
-        return [] if ack is None else [ack]
+        return [] if ack is None else [*session.due(ack.index), ack]
 
     def _skip(self, slot: int, session: Session, lost: Lost) -> list[Message]:
         """Pass over lost samples; those before them that fill no hop are lost as well."""
@@ -233,10 +233,13 @@ class Lane:
             self._begin[slot] = position
             self.front.reset(slot)
             self.runtime.reset(slot)
+        else:
+            self.front.settle(slot)
         self.wing.gap(slot, self.spec.gap)
         told = self._ack(slot, session, position)
         session.anchor(position, lost.end)
-        return [*told, Gap(session.name, first, lost.end, self.spec.gap)]
+        gap = Gap(session.name, first, lost.end, self.spec.gap)
+        return [*told, gap, session.gap_measure(lost)]
 
     def _pad(self, slot: int) -> None:
         """Append the last value until the tail has come through."""

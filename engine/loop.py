@@ -15,8 +15,8 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from engine import messages
-from engine.config import Limits
+from engine import messages, pseudonyms
+from engine.config import Limits, Subjects
 from engine.errors import Refused
 from engine.heart.wing import HeartWing
 from engine.lane import Lane
@@ -47,6 +47,7 @@ _FATAL = frozenset({"bad_length", "not_finite"})
 # full or its time has come (docs/decisions.md); who opens a stream or pings waits so long as well.
 _MANY = 8
 _LONGEST_PAUSE_S = 0.1
+_ANY_SUBJECT = Subjects()
 _PUBLISHED = (
     messages.Beat,
     messages.Measures,
@@ -56,6 +57,7 @@ _PUBLISHED = (
     messages.Partial,
     messages.Final,
     messages.Gap,
+    messages.Bridged,
 )
 
 
@@ -98,6 +100,7 @@ class Engine:
         Seconds of a monotonic clock, for the time that steps take.
     wake : callable
         Called from another thread when the engine should have a turn.
+    subjects : Subjects
 
     Attributes
     ----------
@@ -114,8 +117,10 @@ class Engine:
         metrics: Metrics,
         clock: Callable[[], float] = time.perf_counter,
         wake: Waker = lambda: None,
+        subjects: Subjects = _ANY_SUBJECT,
     ) -> None:
         self.limits, self.metrics, self._clock = limits, metrics, clock
+        self._subjects = subjects
         self.published: list[tuple[bytes, bytes]] = []
         self.turned_away: list[tuple[bytes, bytes]] = []
         self.peers: dict[bytes, Peer] = {}
@@ -245,13 +250,20 @@ class Engine:
                 "unknown_model",
                 f"model: expected one of {sorted(self._models)}, found {request.model!r}",
             )
+        self._check_subject(request.subject)
         lane = self._lanes[request.model]
         self._admit(lane)
         model = self._models[request.model]
         credit = round(lane.credit_s * request.rate_hz)
         num_anchors = 4 + lane.wing.delay // lane.hop
         session = Session(
-            request, model.spec.input, credit, self.limits.max_chunk_bytes, num_anchors
+            request,
+            model.spec.input,
+            credit,
+            self.limits.max_chunk_bytes,
+            num_anchors,
+            self.limits.bridge_s,
+            self.limits.reorder_chunks,
         )
         budget_s = (request.latency_ms or model.spec.latency_ms) / 1000
         slot = lane.open(session)
@@ -272,6 +284,16 @@ class Engine:
             model.spec.hop_samples / model.spec.input.rate_hz,
         )
         self._tell(peer, opened)
+
+    def _check_subject(self, subject: str | None) -> None:
+        """Refuse a subject in the clear; nobody is told what it was, as it may be a name."""
+        if not self._subjects.require_pseudonyms:
+            return
+        if subject is None:
+            raise Refused("bad_subject", "subject: expected a pseudonym, found none")
+        fault = pseudonyms.fault(subject, self._subjects.pattern)
+        if fault is not None:
+            raise Refused("bad_subject", f"subject: expected a pseudonym, {fault}")
 
     def _admit(self, lane: Lane) -> None:
         if lane.slots.full:
@@ -304,13 +326,16 @@ class Engine:
         session = stream.session
         self._last_chunk[chunk.stream] = now
         gaps, lost = session.gaps, session.lost_samples
-        if not session.accept(chunk):
-            self.metrics.duplicates += 1
+        bridged, late = session.bridged_samples, session.late
+        if not session.accept(chunk, now):
+            self.metrics.late += session.late - late
+            self.metrics.duplicates += 1 - (session.late - late)
             self._tell(self.peers[peer_id], session.repeat_ack())
             return
         self.metrics.chunks += 1
         self.metrics.gaps += session.gaps - gaps
         self.metrics.lost_samples += session.lost_samples - lost
+        self.metrics.bridged_samples += session.bridged_samples - bridged
         self._feed(stream, now)
 
     def _feed(self, stream: Stream, now: float) -> None:

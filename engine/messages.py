@@ -19,6 +19,9 @@ Text = Annotated[str, Meta(max_length=256)]
 Index = Annotated[int, Meta(ge=0, le=2**62)]
 Gapped = Literal["hold", "reset"]
 Dtype = Literal["f4", "i2"]  # float32 or int16, both little-endian
+Clock = Literal["device", "host", "ptp"]
+Seconds = Annotated[float, Meta(ge=-1e12, le=1e12)]
+Mask = Annotated[int, Meta(ge=0, le=2**62)]  # bit k: channel k
 
 
 class Message(msgspec.Struct, frozen=True, tag_field="type", tag=str.lower):
@@ -53,6 +56,26 @@ class Speech(msgspec.Struct, frozen=True):
     partials: bool = True
 
 
+class Device(msgspec.Struct, frozen=True):
+    """What measures a stream."""
+
+    make: Text = ""
+    model: Text = ""
+    serial: Text = ""
+
+
+class Channel(msgspec.Struct, frozen=True):
+    """One channel; what is None here is as the open says for all."""
+
+    name: Text = ""  # such as II or V5
+    kind: Text = ""  # such as ecg
+    unit: Text | None = None
+    gain: float | None = None
+    offset: float | None = None
+    lo: float | None = None  # least and greatest value that the device can tell, in `unit`
+    hi: float | None = None
+
+
 class Open(Message, frozen=True):
     """Start a stream. ``gain`` and ``offset`` turn what is sent into ``unit``."""
 
@@ -68,6 +91,17 @@ class Open(Message, frozen=True):
     latency_ms: Annotated[float, Meta(ge=0.01, le=60_000)] | None = None  # None: the model's own
     speech: Speech | None = None  # None: its defaults; of no use to other pipelines
     subject: Name | None = None  # pseudonym of whom the signal is of; None: the stream's name
+    device: Device | None = None
+    channel_info: Annotated[tuple[Channel, ...], Meta(max_length=64)] = ()  # empty, or of each
+    clock: Clock | None = None  # which one the chunks' times were read from; None: do not look
+
+
+class Flags(msgspec.Struct, frozen=True):
+    """What the device says of the samples of a chunk."""
+
+    lead_off: Mask = 0
+    saturated: Mask = 0
+    paced: bool = False  # a pacemaker's stimulus lies in the chunk
 
 
 class Chunk(Message, frozen=True):
@@ -77,6 +111,9 @@ class Chunk(Message, frozen=True):
     seq: Index  # counts the stream's chunks from 0
     index: Index  # of the first sample, in samples per channel
     data: bytes
+    t_device: Seconds | None = None  # of the first sample, by the clock that the open names
+    t_published: Seconds | None = None  # when the last sample was there and the chunk sent
+    flags: Flags | None = None
 
 
 class Flush(Message, frozen=True):
@@ -142,6 +179,14 @@ class Gap(Message, frozen=True):
     state: Gapped  # what became of the model's state
 
 
+class Bridged(Message, frozen=True):
+    """Samples ``start`` to ``end`` (exclusive) never came, and were interpolated."""
+
+    stream: str
+    start: int
+    end: int
+
+
 class Flushed(Message, frozen=True):
     """All that was sent before the flush of that id is through, its tail included."""
 
@@ -160,6 +205,9 @@ class Closed(Message, frozen=True):
     duplicates: int
     gaps: int
     lost_samples: int
+    bridged_samples: int = 0
+    reordered: int = 0  # chunks that waited for an earlier one
+    late: int = 0  # chunks that came after they were given up
 
 
 class Pong(Message, frozen=True):
@@ -273,7 +321,7 @@ class Final(Message, frozen=True):
 
 
 Request = Hello | Open | Chunk | Flush | Close | Ping
-Result = Beat | Measures | Alert | Scores | Samples | Partial | Final | Gap
+Result = Beat | Measures | Alert | Scores | Samples | Partial | Final | Gap | Bridged
 Reply = Welcome | Opened | Ack | Flushed | Closed | Pong | Error | Result
 
 encode = msgspec.msgpack.Encoder().encode

@@ -47,6 +47,8 @@ class Metrics(Collector):
         self.duplicates = 0
         self.gaps = 0
         self.lost_samples = 0
+        self.bridged_samples = 0
+        self.late = 0
         self.rows = 0  # hops of a stream that were stepped
         self.missed_deadlines = 0
         self.runs: list[Counter[tuple[int, int]]] = []  # of each model: calls by rows and hops
@@ -64,6 +66,8 @@ class Metrics(Collector):
             ("duplicates", "chunks that had come before", self.duplicates),
             ("gaps", "places where samples are missing", self.gaps),
             ("lost_samples", "samples that never came", self.lost_samples),
+            ("bridged_samples", "samples that never came, interpolated", self.bridged_samples),
+            ("late", "chunks that came after they were given up", self.late),
             ("rows", "hops stepped", self.rows),
             ("missed_deadlines", "hops whose results left late", self.missed_deadlines),
             ("dropped_peers", "connections given up", self.dropped_peers),

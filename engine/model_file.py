@@ -52,6 +52,7 @@ class Input(_Statement, frozen=True):
     unit: str  # UCUM: "mV" for an electrocardiogram, "1" for audio in [-1, 1]
     channels: Count = 1
     filters: tuple[Filter, ...] = ()
+    least_channels: Count | None = None  # that a stream must have; the rest are zeros; None: all
 
 
 class State(_Statement, frozen=True):
@@ -415,6 +416,12 @@ def _checked(
 
 
 def _check_statement(spec: ModelSpec) -> None:
+    least = spec.input.least_channels
+    if least is not None and least > spec.input.channels:
+        raise ModelFileError(
+            f"input.least_channels: expected at most channels ({spec.input.channels}), "
+            f"found {least}"
+        )
     if spec.window_samples < spec.hop_samples:
         raise ModelFileError(
             f"window_samples: expected at least hop_samples ({spec.hop_samples}), "

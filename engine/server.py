@@ -66,7 +66,9 @@ class Server:
         self.metrics = metrics.Metrics()
         self._waker, self._woken = socket.socketpair()
         self._waker.setblocking(False)
-        self.engine = Engine(served, config.limits, self.metrics, wake=self._wake)
+        self.engine = Engine(
+            served, config.limits, self.metrics, wake=self._wake, subjects=config.subjects
+        )
         self.model_names = [model.spec.name for model, _ in served]
         self._stopping = False
         self._context = zmq.Context()

@@ -165,6 +165,10 @@ class Front:
         self.fresh[slot] = True
         self.overlap[slot] = 0.0
 
+    def settle(self, slot: int) -> None:
+        """Let a row's filters begin with the next sample, as if its value had always been."""
+        self.fresh[slot] = True
+
     def take(self, slot: int) -> tuple[bool, NDArray[np.float64], NDArray[np.float32]]:
         """Return a copy of all that a row carries, to be put back here or elsewhere."""
         return bool(self.fresh[slot]), self.memory[slot].copy(), self.overlap[slot].copy()

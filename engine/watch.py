@@ -126,6 +126,8 @@ def line(message: Message) -> str:
         case messages.Gap():
             lost = message.end - message.start
             what = f"gap of {lost} samples from {message.start}; state: {message.state}"
+        case messages.Bridged():
+            what = f"bridged {message.end - message.start} samples from {message.start}"
         case messages.Scores():
             what = f"scores {message.output} {tuple(message.shape)} before {message.index}"
         case messages.Samples():

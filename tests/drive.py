@@ -11,21 +11,23 @@ from numpy.typing import NDArray
 
 from engine import messages as m
 from engine import model_file
-from engine.config import Config, Limits
+from engine.config import Config, Limits, Subjects
 from engine.loop import Engine
 from engine.metrics import Metrics
 from engine.server import runtime
 
 Kind = TypeVar("Kind", bound=m.Message)
 
-# Ten thousand times the capacity of a slow machine: tests of admission set their own.
-_AMPLE = {"max_streams": 16, "max_load": 1e9}
+# Ten thousand times the capacity of a slow machine: tests of admission set their own. No gap is
+# bridged, as most of the tests' gaps are short: tests of bridging say how long theirs may be.
+_AMPLE = {"max_streams": 16, "max_load": 1e9, "bridge_s": 0.0}
+_ANY = Subjects()
 
 
 class Driven:
     """An engine that serves some model files to peers who were all welcomed."""
 
-    def __init__(self, *paths: Path, **limits: Any) -> None:
+    def __init__(self, *paths: Path, subjects: Subjects = _ANY, **limits: Any) -> None:
         bounds = Limits(**(_AMPLE | limits))
         config = Config(threads=1, limits=bounds)
         served = [(model, runtime(model, config)) for model in map(model_file.load, paths)]
@@ -34,7 +36,12 @@ class Driven:
         self.now = 1000.0
         self._woken = threading.Event()
         self.engine = Engine(
-            served, bounds, self.metrics, clock=lambda: self.now, wake=self._woken.set
+            served,
+            bounds,
+            self.metrics,
+            clock=lambda: self.now,
+            wake=self._woken.set,
+            subjects=subjects,
         )
         self._heard: dict[str, list[Any]] = {}
 

@@ -127,7 +127,7 @@ def conversation() -> list[tuple[bool, bytes]]:
 
 
 def test_the_recorded_conversation_is_what_a_server_says() -> None:
-    engine = Driven(model_file.find("heart"), max_streams=4096)
+    engine = Driven(model_file.find("heart"), max_streams=4096, bridge_s=Limits().bridge_s)
     expected, found = [], []
     for from_client, body in conversation()[:-2]:  # the last two are a subscriber's
         if not from_client:
@@ -140,7 +140,7 @@ def test_the_recorded_conversation_is_what_a_server_says() -> None:
         for key in ("sha256", "hop_s", "look_ahead_s"):  # of the model file of the day
             message.pop(key, None)
     assert found == expected
-    assert len(found) == 10
+    assert len(found) == 11
 
 
 def test_the_recorded_beat_can_be_read() -> None:

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from engine import messages as m
+from engine import model_file
+from engine.config import Subjects
 from engine.scheduler import Batch
 from tests import plain, tiny
 from tests.drive import Driven, chunks
@@ -386,13 +388,13 @@ def test_a_gap_at_another_rate_is_told_in_the_clients_samples(tiny_path: Path) -
 
 
 def test_a_late_chunk_is_dropped_and_acked_again(tiny_path: Path) -> None:
-    driven = Driven(tiny_path)
+    driven = Driven(tiny_path, reorder_chunks=0)
     driven.open("a", "s")
     first, late, third = chunks("s", noise(60), (20, 40))
     deliver(driven, "a", [first, third, late])
     assert driven.told("a", m.Gap) == [m.Gap("s", 20, 40, "reset")]
     assert driven.told("a", m.Ack) == [m.Ack("s", 0, 20), m.Ack("s", 2, 60), m.Ack("s", 2, 60)]
-    assert driven.metrics.duplicates == 1
+    assert (driven.metrics.late, driven.metrics.duplicates) == (1, 0)
     assert not driven.told("a", m.Error)
     assert len(driven.told("a", m.Scores)) == 2 * len(OUTPUTS)
 
@@ -420,6 +422,87 @@ def test_numbers_that_jump_ahead_are_no_gap_while_the_index_goes_on(tiny_path: P
     assert_scores(driven, "s", reference(tiny_path, signal), ends(100))
     assert not driven.told("a", m.Gap)
     assert driven.told("a", m.Ack)[-1] == m.Ack("s", 1000, 100)
+
+
+@given(
+    cuts=st.lists(st.integers(0, 400), max_size=20),
+    shuffle=st.lists(st.integers(0, 2), min_size=25, max_size=25),
+    eager=st.booleans(),
+)
+def test_chunks_in_another_order_give_the_scores_of_the_plain_loop(
+    tiny_path: Path, cuts: list[int], shuffle: list[int], eager: bool
+) -> None:
+    driven = Driven(tiny_path, credit_s=10.0)
+    signal = noise(400)
+    driven.open("a", "s")
+    left, sent = chunks("s", signal, cuts), []
+    for wish in shuffle:
+        # At most two may be ahead of the first that is left.
+        ahead = sum(bool(left) and each.seq > left[0].seq for each in sent)
+        if left:
+            sent.append(left.pop(min(wish, 2 - ahead, len(left) - 1)))
+    deliver(driven, "a", sent, eager)
+    assert_scores(driven, "s", reference(tiny_path, signal), ends(400))
+    assert not driven.told("a", m.Gap)
+    assert not driven.told("a", m.Error)
+    assert driven.told("a", m.Ack)[-1].index == 400
+    assert (driven.metrics.late, driven.metrics.duplicates) == (0, 0)
+
+
+@given(cuts=cuts, eager=st.booleans())
+def test_a_short_gap_is_bridged_as_if_the_samples_had_come(
+    tiny_path: Path, cuts: list[int], eager: bool
+) -> None:
+    signal, there = noise(400), np.ones(400, bool)
+    for start, end in ((45, 46), (100, 105), (220, 223)):
+        there[start:end] = False
+    driven = Driven(tiny_path, credit_s=10.0, bridge_s=0.05)
+    driven.open("a", "s")
+    sent: list[m.Chunk] = []
+    for start, end in ((0, 45), (46, 100), (105, 220), (223, 400)):
+        part = [cut - start for cut in cuts if start < cut < end]
+        sent += chunks("s", signal[start:end], part, len(sent), start)
+    deliver(driven, "a", sent, eager)
+    places = np.arange(400)
+    filled = np.interp(places, places[there], signal[there]).astype(np.float32)
+    told = [s for s in driven.told("a", m.Scores, "s") if s.output == "beat"]
+    assert [scores.index for scores in told] == ends(400)
+    for scores, result in zip(told, reference(tiny_path, filled), strict=True):
+        np.testing.assert_allclose(values(scores), result["beat"], atol=1e-6)
+    bridges = [m.Bridged("s", 45, 46), m.Bridged("s", 100, 105), m.Bridged("s", 220, 223)]
+    assert driven.told("a", m.Bridged) == bridges
+    assert not driven.told("a", m.Gap)
+    assert driven.metrics.bridged_samples == 9
+
+
+def test_what_is_told_of_a_stream_comes_before_the_ack_of_its_chunk(tiny_path: Path) -> None:
+    driven = Driven(tiny_path, credit_s=10.0)
+    driven.open("a", "s", clock="device")
+    for seq in range(10):
+        (one,) = chunks("s", noise(40), (), seq, 40 * seq)
+        driven.say("a", msgspec.structs.replace(one, t_device=0.4 * seq))
+    driven.run()
+    acked = 0
+    for each in driven.heard("a"):
+        acked = each.index if isinstance(each, m.Ack) else acked
+        assert not isinstance(each, m.Measures) or each.index > acked
+    assert [each.index for each in driven.told("a", m.Measures)] == [100, 200, 300, 400]
+
+
+def test_filters_begin_anew_behind_a_gap_although_the_state_is_held(models: Models) -> None:
+    """Silence at another level behind the gap: carried filters would ring for a second."""
+    filters = (model_file.Filter("highpass", (0.5,)),)
+    path = models("held", gap="hold", input=model_file.Input(100.0, "mV", filters=filters))
+    told = []
+    for level in (0.0, 300.0):
+        driven = Driven(path, credit_s=10.0)
+        driven.open("a", "s", "held")
+        zeros = np.zeros(HOP, np.float32)
+        sent = [*chunks("s", zeros), *chunks("s", zeros + np.float32(level), (), 1, 100)]
+        deliver(driven, "a", sent)
+        told.append([values(scores) for scores in driven.told("a", m.Scores)])
+    for quiet, stepped in zip(*told, strict=True):
+        np.testing.assert_allclose(quiet, stepped, atol=1e-4)
 
 
 # --- flush, close, acks --------------------------------------------------------------------------
@@ -524,10 +607,30 @@ def test_results_and_gaps_are_published_under_their_type_and_stream(tiny_path: P
     driven.open("a", "s")
     deliver(driven, "a", [*chunks("s", noise(20)), *chunks("s", noise(20), (), 1, 50)])
     published = [(topic, m.decode_replies(body)) for topic, body in driven.engine.published]
-    told = [one for one in driven.heard("a") if isinstance(one, m.Scores | m.Gap)]
+    told = [one for one in driven.heard("a") if isinstance(one, m.Scores | m.Gap | m.Measures)]
     assert [one for _, (one,) in published] == told
-    assert {topic for topic, _ in published} == {b"scores/s", b"gap/s"}
+    assert {topic for topic, _ in published} == {b"scores/s", b"gap/s", b"measures/s"}
     assert all(topic.startswith(type(one).__name__.lower().encode()) for topic, (one,) in published)
+
+
+# --- subjects ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("subject", [None, "john.smith", "smithjohn1950", "0012345678"])
+def test_a_subject_in_the_clear_is_refused_and_stands_nowhere(
+    tiny_path: Path, subject: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    insisting = Subjects(require_pseudonyms=True, pattern="[A-Za-z0-9.]+")
+    driven = Driven(tiny_path, subjects=insisting)
+    driven.open("a", "s", subject=subject)
+    (refused,) = driven.told("a", m.Error)
+    assert (refused.code, refused.stream) == ("bad_subject", "s")
+    driven.open("a", "s", subject="k3v9x7q2m4")
+    assert len(driven.told("a", m.Opened)) == 1
+    told = repr(driven.heard("a")) + caplog.text
+    assert "k3v9x7q2m4" not in told
+    assert subject is None or subject not in told
 
 
 # --- limits, time-outs, draining -----------------------------------------------------------------

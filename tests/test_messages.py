@@ -23,6 +23,7 @@ REPLIES: list[m.Reply] = [
     m.Opened("bed-7", "heart", "0" * 64, 720, 0.1, 0.05),
     m.Ack("bed-7", -1, 0),
     m.Gap("bed-7", 100, 200, "hold"),
+    m.Bridged("bed-7", 100, 103),
     m.Flushed("bed-7", 9, 200),
     m.Closed("bed-7", "closed", 1, 2, 3, 4, 5),
     m.Pong(4),

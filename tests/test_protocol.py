@@ -155,6 +155,9 @@ def test_a_conversation_from_open_to_close(peer: Peer, name: str, tiny_path: Pat
         "duplicates": 0,
         "gaps": 0,
         "lost_samples": 0,
+        "bridged_samples": 0,
+        "reordered": 0,
+        "late": 0,
     }
     assert_scores(tiny_path, peer.of("scores")[before:], SIGNAL[:40], [1190, 1210])
     assert not peer.of("error")
@@ -171,13 +174,24 @@ def test_integers_in_another_unit_are_scaled(peer: Peer, name: str, tiny_path: P
 
 def test_a_gap_a_duplicate_and_the_end_are_told_with_their_numbers(peer: Peer, name: str) -> None:
     first, second, third = chunking(name, SIGNAL[:120], [50, 30, 40])
-    peer.tell(opening(name), first, third, second, third, closing(name))
+    (behind,) = chunking(name, SIGNAL[:40], [40], first=150)
+    peer.tell(opening(name), first, third, second, third, behind | {"seq": 3}, closing(name))
     closed = peer.until("closed")
     assert peer.of("gap") == [
-        {"type": "gap", "stream": name, "start": 40, "end": 80, "state": "reset"}
+        {"type": "gap", "stream": name, "start": 120, "end": 150, "state": "reset"}
     ]
-    assert (closed["chunks"], closed["samples"], closed["duplicates"]) == (2, 90, 2)
+    assert (closed["chunks"], closed["samples"]) == (4, 160)
+    assert (closed["duplicates"], closed["reordered"], closed["late"]) == (1, 1, 0)
     assert (closed["gaps"], closed["lost_samples"]) == (1, 30)
+
+
+def test_a_short_gap_is_told_as_bridged(peer: Peer, name: str) -> None:
+    (first,) = chunking(name, SIGNAL[:50], [50])
+    (behind,) = chunking(name, SIGNAL[:50], [50], first=53)
+    peer.tell(opening(name), first, behind | {"seq": 1}, closing(name))
+    assert peer.until("closed")["bridged_samples"] == 3
+    assert peer.of("bridged") == [{"type": "bridged", "stream": name, "start": 50, "end": 53}]
+    assert not peer.of("gap")
 
 
 def test_a_ping_is_answered_with_its_number(peer: Peer) -> None:
