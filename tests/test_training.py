@@ -27,6 +27,7 @@ RATE_HZ = 360
 STRIDE = heart.NET.stride
 WINDOW = 4 * heart.HOP
 SMALL = NetConfig(
+    channels=heart.LEADS,
     heads={"beat": Head(1, "sigmoid"), "beat_class": Head(5, "softmax")},
     convs=(Conv(8, 8, 2), Conv(8, 4, 2)),
     hidden=16,
@@ -139,7 +140,7 @@ def test_a_stretched_recording_keeps_its_beats_on_their_peaks(factor: float) -> 
 
 
 def test_disturbance_is_bounded_and_repeatable() -> None:
-    clean = recording().signal[:, 0]
+    clean = recording().signal
     one, same, other = (
         augment.disturb(clean, RATE_HZ, np.random.default_rng(seed)) for seed in (3, 3, 4)
     )
@@ -276,7 +277,7 @@ def test_a_score_counts_missed_false_and_mistaken_beats() -> None:
 
 def test_streaming_the_exported_model_finds_what_torch_finds(tmp_path: Path) -> None:
     made = model().eval()
-    signals = np.stack([recording(seed=seed).signal[:, 0] for seed in (0, 1)])
+    signals = np.stack([recording(seed=seed).signal for seed in (0, 1)])
     with torch.no_grad():  # untrained, it would find nothing
         beat = made.net.heads["beat"]
         beat.weight *= 20
@@ -298,6 +299,7 @@ def test_streaming_the_exported_model_finds_what_torch_finds(tmp_path: Path) -> 
 def test_a_server_tells_the_beats_that_streaming_finds() -> None:
     t = np.arange(20 * 360) / 360
     signals = np.exp(-(((t % [[0.8], [0.5]]) - 0.3) ** 2) / 2 / 0.02**2).astype(np.float32)
+    signals = np.repeat(signals[:, :, None], model_file.load("heart").spec.input.channels, axis=2)
     served = evaluate.serve("heart", signals)
     streamed = evaluate.stream(model_file.load("heart"), signals)
     inside = [[beat for beat in beats if beat.position < len(t)] for beats in streamed]

@@ -17,10 +17,17 @@ _MAX_WANDER_MV = 0.5
 _MAX_MAINS_MV = 0.1
 _MAX_NOISE_MV = 0.08
 _BURST_S = 5.0
-_FIRST_LEAD = 0.4  # how often a recording is seen as it is
+_AS_IT_IS = 0.5  # how often two leads are seen as they are
+_ONE_LEAD = 0.35  # how often only one is there
 
 
 def disturb(signal: Signal, rate_hz: float, rng: np.random.Generator) -> Signal:
+    """Return (samples, 2), each lead that is on with a gain and disturbances of its own."""
+    leads = [_disturb(lead, rate_hz, rng) if lead.any() else lead for lead in signal.T]
+    return np.stack(leads, axis=1)
+
+
+def _disturb(signal: Signal, rate_hz: float, rng: np.random.Generator) -> Signal:
     """Return (samples,) with a random gain and random disturbances, at random strengths."""
     gain = 2.0 ** rng.uniform(-1, 1)
     if rng.random() < 0.05:  # electrodes exchanged
@@ -36,18 +43,21 @@ def disturb(signal: Signal, rate_hz: float, rng: np.random.Generator) -> Signal:
     return disturbed
 
 
-def turn_axis(signal: Signal, rng: np.random.Generator) -> Signal:
-    """Return one lead (samples,) of (samples, leads): the first, or a mixture of two.
+def place(signal: Signal, rng: np.random.Generator) -> Signal:
+    """Return (samples, 2) of (samples, leads): electrodes placed elsewhere, exchanged, or one off.
 
-    A weighted sum of two leads is the heart seen from a direction between them, as by electrodes
-    placed elsewhere. It gives few patients more shapes of beat.
+    A weighted sum of two leads is the heart seen from a direction between them. It gives few
+    patients more shapes of beat. A lead that is off is 0, as the engine fills it in.
     """
-    angle = 0.0
-    if signal.shape[1] > 1 and rng.random() >= _FIRST_LEAD:
-        angle = rng.uniform(-np.pi / 2, np.pi / 2)
-    weights = np.array([np.cos(angle), np.sin(angle)], np.float32)
-    lead: Signal = signal[:, :2] @ weights[: signal.shape[1]]
-    return lead
+    pair = np.zeros((len(signal), 2), np.float32)
+    pair[:, : signal.shape[1]] = signal[:, :2]
+    if signal.shape[1] > 1 and rng.random() >= _AS_IT_IS:
+        angle = rng.uniform(-np.pi, np.pi)
+        cosine, sine = np.cos(angle), np.sin(angle)
+        pair = pair @ np.array([[cosine, -sine], [sine, cosine]], np.float32)
+    if rng.random() < _ONE_LEAD:
+        pair[:, 1] = 0.0
+    return pair
 
 
 def stretch(recording: Recording, factor: float) -> Recording:

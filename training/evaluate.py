@@ -20,7 +20,7 @@ from engine import messages, model_file
 from engine.child import serving
 from engine.client import Client
 from engine.heart.beats import Beat, BeatFinder
-from engine.model_file import Model
+from engine.model_file import Model, ModelSpec
 from engine.runtime import CpuRuntime
 from engine.signal import Front
 from training import data
@@ -104,7 +104,7 @@ def stream(model: Model, signals: NDArray[np.float32]) -> list[list[Beat]]:
     Parameters
     ----------
     model : Model
-    signals : (recordings, samples) float32
+    signals : (recordings, samples, leads) float32
         Side by side, in the model's unit and at its rate.
 
     Returns
@@ -116,7 +116,7 @@ def stream(model: Model, signals: NDArray[np.float32]) -> list[list[Beat]]:
     hop = spec.hop_samples
     # The last value goes on until every beat of the recording is decided.
     tail = -signals.shape[1] % hop + 4 * hop
-    signals = np.pad(signals, ((0, 0), (0, tail)), mode="edge")
+    signals = np.pad(signals, ((0, 0), (0, tail), (0, 0)), mode="edge")
     slots = np.arange(rows)
     front, finder = Front(spec, rows), BeatFinder(spec, rows)
     runtime = CpuRuntime(model, rows)
@@ -124,7 +124,7 @@ def stream(model: Model, signals: NDArray[np.float32]) -> list[list[Beat]]:
         runtime.reset(slot)
     beats: list[list[Beat]] = [[] for _ in range(rows)]
     for start in range(0, signals.shape[1], hop):
-        windows = front.push(slots, signals[:, start : start + hop, None])
+        windows = front.push(slots, signals[:, start : start + hop])
         outputs = runtime.step(slots, windows)
         for row, beat in finder.push(slots, outputs, np.full(rows, start)):
             beats[row].append(beat)
@@ -138,7 +138,7 @@ def serve(model: str, signals: NDArray[np.float32]) -> list[list[Beat]]:
     ----------
     model : str
         A model file, or the name of a bundled model.
-    signals : (recordings, samples) float32
+    signals : (recordings, samples, leads) float32
         In the model's unit and at its rate.
 
     Returns
@@ -157,7 +157,13 @@ def serve(model: str, signals: NDArray[np.float32]) -> list[list[Beat]]:
                     beats[int(told.stream)].append(beat)
 
         streams = [
-            client.open(str(number), spec.name, spec.input.rate_hz, spec.input.unit)
+            client.open(
+                str(number),
+                spec.name,
+                spec.input.rate_hz,
+                spec.input.unit,
+                channels=signals.shape[2],
+            )
             for number in range(len(signals))
         ]
         for start in range(0, signals.shape[1], _CHUNK):
@@ -182,14 +188,15 @@ def table(names: Sequence[str], scores: Sequence[Score]) -> str:
 
 
 def evaluate(model: Model, recordings: Sequence[Recording]) -> list[Score]:
-    """Score a model on the first lead of recordings of one length."""
-    found = stream(model, _first_leads(recordings))
+    """Score a model on recordings of one length."""
+    found = stream(model, leads(recordings, model.spec))
     rate_hz = model.spec.input.rate_hz
     return [score(r, beats, rate_hz) for r, beats in zip(recordings, found, strict=True)]
 
 
-def _first_leads(recordings: Sequence[Recording]) -> NDArray[np.float32]:
-    return np.stack([recording.signal[:, 0] for recording in recordings])
+def leads(recordings: Sequence[Recording], spec: ModelSpec) -> NDArray[np.float32]:
+    """Return as many leads as a model takes, (recordings, samples, leads)."""
+    return np.stack([recording.signal[:, : spec.input.channels] for recording in recordings])
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -207,7 +214,7 @@ def main() -> None:
     recordings = [data.read(arguments.data, name) for name in arguments.records]
     model = model_file.load(arguments.model)
     if arguments.served:
-        found = serve(arguments.model, _first_leads(recordings))
+        found = serve(arguments.model, leads(recordings, model.spec))
         rate_hz = model.spec.input.rate_hz
         scores = [score(r, beats, rate_hz) for r, beats in zip(recordings, found, strict=True)]
     else:

@@ -1,7 +1,7 @@
 """Train the heart model: ``python -m training.heart``, then see ``runs/heart`` and LOG.md.
 
-A causal network over one lead says for every 11 ms frame how probable a beat is, and of which
-class, 0.133 s after it happened. It learns as it will be used: on filtered samples from the
+A causal network over one or two leads says for every 11 ms frame how probable a beat is, and of
+which class, 0.133 s after it happened. It learns as it will be used: on filtered samples from the
 engine's own front, hop after hop, with the state carried from window to window. The command
 ends by writing the bundled model file, which :mod:`training.evaluate` then streams and scores.
 """
@@ -39,7 +39,10 @@ LANES_PER_RECORD = 2
 CLIP = 1.0  # gradient norm
 CLASS_LOSS = 0.3  # of the sum: the loss per beat is several times the loss per frame
 
+LEADS = 2
+
 NET = NetConfig(
+    channels=LEADS,
     heads={"beat": Head(1, "sigmoid"), "beat_class": Head(len(data.LABELS), "softmax")},
     convs=(Conv(32, 12, 2), Conv(64, 8, 2)),
     cell="lstm",
@@ -55,10 +58,10 @@ def statement(net: StreamingNet, provenance: str) -> ModelSpec:
         format=model_file.FORMAT,
         name="heart",
         pipeline="heart",
-        input=Input(360.0, "mV", filters=(Filter("highpass", (0.5,), 2),)),
+        input=Input(360.0, "mV", LEADS, filters=(Filter("highpass", (0.5,), 2),), least_channels=1),
         hop_samples=HOP,
         window_samples=HOP,
-        stages=(Stage("x", (HOP, 1), states=states_of(net)),),
+        stages=(Stage("x", (HOP, LEADS), states=states_of(net)),),
         outputs=(Output("beat", "beat"), Output("beat_class", "beat_class", data.LABELS)),
         licence="Apache-2.0; trained on MIT-BIH Arrhythmia, ODC-By 1.0",
         provenance=provenance,
@@ -142,7 +145,7 @@ class HeartModel(lightning.LightningModule):
         self.log_dict(figures, prog_bar=True, batch_size=1)
 
     def find(self, x: Tensor) -> list[list[Beat]]:
-        """Return each row's beats, (rows, samples, 1) walked in long steps."""
+        """Return each row's beats, (rows, samples, leads) walked in long steps."""
         step = 600 * HOP
         finder = BeatFinder(msgspec.structs.replace(self.spec, hop_samples=step), len(x))
         states = self.net.initial_states(len(x))

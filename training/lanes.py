@@ -26,7 +26,7 @@ _MAX_STRETCH = 0.1
 class Window(NamedTuple):
     """One window of every lane."""
 
-    x: Tensor  # (lanes, samples, 1)
+    x: Tensor  # (lanes, samples, 2)
     beat: Tensor  # (lanes, frames)
     label: Tensor  # (lanes, frames)
     weight: Tensor  # (lanes, frames)
@@ -86,29 +86,32 @@ class Lanes(Dataset[Window]):
     def _vary(
         self, recording: Recording, rng: np.random.Generator
     ) -> tuple[NDArray[np.float32], Targets]:
-        """Return one lead, augmented, and its targets, both rolled to begin anywhere."""
+        """Return both leads, augmented, and their targets, all rolled to begin anywhere."""
         recording = augment.stretch(recording, 1 + rng.uniform(-_MAX_STRETCH, _MAX_STRETCH))
         marks = data.targets(recording, self.spec, self.stride)
-        signal = augment.turn_axis(recording.signal, rng)
+        signal = augment.place(recording.signal, rng)
         signal = augment.disturb(signal, self.spec.input.rate_hz, rng)
         roll = int(rng.integers(len(marks.beat)))
         whole = len(marks.beat) * self.stride
         return (
-            np.roll(signal[:whole], -roll * self.stride),
+            np.roll(signal[:whole], -roll * self.stride, axis=0),
             Targets._make(np.roll(field, -roll) for field in marks),
         )
 
     def _cut(self, rows: Sequence[NDArray[Any]], per_recording: int, stride: int) -> NDArray[Any]:
         """Cut each row, of one value every `stride` samples, into lanes of whole windows."""
         length = self._windows * self.window_samples // stride
-        kept = [row[: length * per_recording].reshape(per_recording, length) for row in rows]
+        kept = [
+            row[: length * per_recording].reshape(per_recording, length, *row.shape[1:])
+            for row in rows
+        ]
         return np.concatenate(kept)
 
 
 class Whole(NamedTuple):
     """Unchanged recordings of one length, for validation."""
 
-    x: Tensor  # (recordings, samples, 1), filtered
+    x: Tensor  # (recordings, samples, 2), filtered
     recordings: Sequence[Recording]
 
 
@@ -141,15 +144,14 @@ class HeartData(lightning.LightningDataModule):
 
 
 def whole(recordings: Sequence[Recording], spec: ModelSpec) -> Whole:
-    """Put the first leads of recordings side by side."""
-    signals = np.stack([recording.signal[:, 0] for recording in recordings])
+    """Put recordings side by side."""
+    signals = np.stack([recording.signal[:, :2] for recording in recordings])
     return Whole(torch.from_numpy(filter_all(signals, spec)), recordings)
 
 
 def filter_all(samples: NDArray[np.float32], spec: ModelSpec) -> NDArray[np.float32]:
-    """Pass (rows, samples) through the engine's filters, (rows, samples, 1)."""
-    front = Front(spec, len(samples))
-    return front.push(np.arange(len(samples)), samples[:, :, None])
+    """Pass (rows, samples, leads) through the engine's filters."""
+    return Front(spec, len(samples)).push(np.arange(len(samples)), samples)
 
 
 def _unchanged(item: Any) -> Any:
