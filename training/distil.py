@@ -27,7 +27,9 @@ from scipy import signal
 from torch import Tensor, nn
 from torch.nn import functional
 
+from engine import model_file
 from engine.speech import moonshine
+from engine.speech.second_pass import SecondPass
 from exporters.moonshine import (
     SAMPLES_PER_FRAME,
     WIDTH,
@@ -40,6 +42,8 @@ from training import recordings
 from training.recordings import LETTERS, Utterance
 
 SETS = ("librispeech", "kathleen", "ljspeech")
+# Sets of many voices whose texts are unknown: they are what the offline recogniser hears.
+UNTRANSCRIBED = ("orders", "spelt")
 LONGEST_S = 20.0
 _MOST_TIMES = 4
 SPEEDS = (Fraction(1), Fraction(1), Fraction(9, 10), Fraction(11, 10))
@@ -70,23 +74,79 @@ class Batch(NamedTuple):
     letters: list[list[int]]
 
 
-def teacher_frames(
-    folder: Path, kept: Path, utterances: list[Utterance]
-) -> list[NDArray[np.float16]]:
+class Source(NamedTuple):
+    """An utterance as it was recorded."""
+
+    name: str
+    speaker: str
+    text: str
+    audio: NDArray[np.int16]
+
+
+def sources(folder: Path, kept: Path, split: str) -> list[Source]:
+    """Return the utterances of a split; for training, those of other voices as well."""
+    found = [
+        Source(each.name, each.speaker, each.text, recordings.audio(folder, each))
+        for each in recordings.manifest(folder, SETS if split == "train" else SETS[:1], split)
+    ]
+    if split == "train":
+        found += heard(folder, kept) + spliced(folder)
+    return [each for each in found if 0.5 < len(each.audio) / recordings.RATE_HZ < LONGEST_S]
+
+
+def heard(folder: Path, kept: Path) -> list[Source]:
+    """Return the untranscribed utterances with the texts that Moonshine gives them, kept on disk.
+
+    A teacher's texts serve as labels (Kahn et al. 2020, Self-training for end-to-end ASR).
+    """
+    found = recordings.manifest(folder, UNTRANSCRIBED, "train")
+    sounds = [recordings.audio(folder, each) for each in found]
+    path = kept / "heard.json"
+    if not path.exists():
+        english = model_file.load("english")
+        second = SecondPass(english.folder / english.spec.decoding.second_pass)
+        texts = {}
+        for each, sound in track(list(zip(found, sounds, strict=True)), "texts"):
+            texts[each.name] = second.transcribe(
+                sound[: int(LONGEST_S * recordings.RATE_HZ)].astype(np.float32) / 32768
+            ).text
+        path.write_text(json.dumps(texts))
+    texts = json.loads(path.read_text())
+    return [
+        Source(each.name, each.speaker, texts[each.name], sound)
+        for each, sound in zip(found, sounds, strict=True)
+    ]
+
+
+def spliced(folder: Path) -> list[Source]:
+    """Return each speaker's commands one after the other: clips of a second teach too little."""
+    rng = np.random.default_rng(0)
+    by_speaker: dict[str, list[Utterance]] = {}
+    for each in recordings.manifest(folder, ("commands",), "train"):
+        by_speaker.setdefault(each.speaker, []).append(each)
+    found = []
+    for speaker, clips in by_speaker.items():
+        for first in range(0, len(clips), 10):
+            group = [clips[first + place] for place in rng.permutation(len(clips[first:][:10]))]
+            sound = np.concatenate([recordings.audio(folder, each) for each in group])
+            text = " ".join(each.text for each in group)
+            found.append(Source(f"commands/{speaker}/{first}", speaker, text, sound))
+    return found
+
+
+def teacher_frames(kept: Path, utterances: list[Source]) -> list[NDArray[np.float16]]:
     """Return the unmasked encoder's frames of each utterance, computed once and kept on disk."""
     index_path, data_path = kept / "teacher.json", kept / "teacher.f16"
     names = [utterance.name for utterance in utterances]
     if not index_path.exists():
         encoder = Encoder(moonshine.encoder()).eval()
-        counts = [int(frames_of(torch.tensor(round(each.seconds * 16000)))) for each in utterances]
-        order = np.argsort(counts)
+        order = np.argsort([len(each.audio) for each in utterances])
         groups = [order[first : first + 4] for first in range(0, len(order), 4)]
         found: dict[str, NDArray[np.float16]] = {}
         for group in track(groups, "teacher"):
             some = [utterances[place] for place in group]
-            found |= dict(
-                zip([each.name for each in some], _encode(encoder, folder, some), strict=True)
-            )
+            frames = _frames(encoder, [each.audio for each in some])
+            found |= dict(zip([each.name for each in some], frames, strict=True))
         with data_path.open("wb") as out:
             for name in names:
                 out.write(found[name].tobytes())
@@ -98,17 +158,11 @@ def teacher_frames(
     return np.split(data, np.cumsum(list(counts.values()))[:-1])
 
 
-def _encode(
-    encoder: Encoder, folder: Path, utterances: list[Utterance]
-) -> list[NDArray[np.float16]]:
+def _frames(encoder: Encoder, sounds: list[NDArray[np.int16]]) -> list[NDArray[np.float16]]:
     """Return the frames of utterances of about one length.
 
     They are padded to whole seconds, because torch compiles its bfloat16 kernels per shape.
     """
-    return _frames(encoder, [recordings.audio(folder, each) for each in utterances])
-
-
-def _frames(encoder: Encoder, sounds: list[NDArray[np.int16]]) -> list[NDArray[np.float16]]:
     samples = torch.tensor([len(sound) for sound in sounds])
     audio = torch.zeros(len(sounds), -(-int(samples.max()) // 16000) * 16000)
     for row, sound in enumerate(sounds):
@@ -121,23 +175,17 @@ def _frames(encoder: Encoder, sounds: list[NDArray[np.int16]]) -> list[NDArray[n
     return [each[:count] for each, count in zip(frames, counts, strict=True)]
 
 
-def items(folder: Path, kept: Path, split: str, sets: tuple[str, ...]) -> list[Item]:
-    """Return all utterances of a split that are neither too short nor too long."""
-    chosen = [
-        utterance
-        for utterance in recordings.manifest(folder, sets, split)
-        if 0.5 < utterance.seconds < LONGEST_S
-    ]
+def items(folder: Path, kept: Path, split: str) -> list[Item]:
+    """Return all utterances of a split, with the teacher's frames and their letters."""
     kept = kept / split
     kept.mkdir(parents=True, exist_ok=True)
-    frames = teacher_frames(folder, kept, chosen)
+    chosen = sources(folder, kept, split)
     found = []
-    for utterance, target in zip(chosen, frames, strict=True):
-        spelt = recordings.spelling(utterance.text)
+    for source, target in zip(chosen, teacher_frames(kept, chosen), strict=True):
+        spelt = recordings.spelling(source.text)
         letters = recordings.numbers(spelt) if spelt else []
         if len(target) > 1.1 * len(letters):
-            sound = recordings.audio(folder, utterance)
-            found.append(Item(utterance.speaker, sound, letters, target))
+            found.append(Item(source.speaker, source.audio, letters, target))
     return found
 
 
@@ -407,8 +455,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    found = items(args.data, args.out, "train", SETS)
-    valid = items(args.data, args.out, "valid", ("librispeech",))
+    found = items(args.data, args.out, "train")
+    valid = items(args.data, args.out, "valid")
     training = Training(args.seed)
     last = args.out / "last.pt"
     if last.exists():
