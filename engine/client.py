@@ -241,6 +241,8 @@ class Client:
         self._streams: dict[str, Stream] = {}
         self._events: deque[tuple[float, Message]] = deque()
         self._refusals: dict[str, Refused] = {}
+        self._asked = 0
+        self._answers: dict[int, messages.AlertList] = {}
         # One identity for all connections: the server knows who opens a stream once more.
         self._identity = uuid.uuid4().hex.encode()
         self._context = zmq.Context()
@@ -320,6 +322,22 @@ class Client:
             del self._streams[stream]
             raise self._refusals.pop(stream)
         return one
+
+    def ask(self, request: messages.AlertRequest) -> messages.AlertList:
+        """Acknowledge, pause, resume or list alerts; return those that are active then.
+
+        Raises
+        ------
+        Refused
+            If there is no such alert.
+        """
+        self._asked += 1
+        self._refusals.pop("", None)
+        self.tell(msgspec.structs.replace(request, id=self._asked))
+        self.wait(lambda: self._asked in self._answers or "" in self._refusals)
+        if "" in self._refusals:
+            raise self._refusals.pop("")
+        return self._answers.pop(self._asked)
 
     def events(self, timeout_s: float = 0.0) -> Iterator[Message]:
         """Yield results, gaps, errors and ends of streams that have come.
@@ -427,6 +445,8 @@ class Client:
                 self._recover_at = None  # what was refused before was the last connection's
             case messages.Pong():
                 pass
+            case messages.AlertList():
+                self._answers[message.id] = message
             case messages.Error(code="not_greeted"):
                 self._recover_at = max(self._heard, self._recovered + _RETRY_S)
             case messages.Error(code="unknown_stream") if stream is not None:

@@ -45,6 +45,14 @@ class Subjects(_Section, frozen=True):
     pattern: str = "[a-z0-9]{8,64}"  # regular expression that a whole pseudonym matches
 
 
+class AlertOptions(_Section, frozen=True):
+    """When alerts are raised, and where they are written down."""
+
+    rules: str = ""  # TOML file of rules; empty: those that come along
+    audit: str = ""  # SQLite file to which every transition is added; empty: none
+    summary_s: Positive = 5.0  # after so long what is active is published again
+
+
 class Config(_Section, frozen=True):
     """The whole file."""
 
@@ -55,6 +63,7 @@ class Config(_Section, frozen=True):
     provider: Literal["cpu", "cuda"] = "cpu"
     threads: Annotated[int, Meta(ge=0, le=256)] = 0  # cores for the models; 0: all
     limits: Limits = Limits()
+    alerts: AlertOptions = AlertOptions()
     subjects: Subjects = Subjects()
 
     @property

@@ -25,7 +25,6 @@ from engine import model_file, recordings, replay
 from engine.audio import Sound
 from engine.child import Counts, ServerProcess
 from engine.errors import MurmurError
-from engine.heart.rhythm import RULES
 from engine.messages import NOTICE
 from engine.picture import CLASSES, HEART, VOICE, Lines, Screen, Tally, plain
 from engine.recordings import Recording
@@ -252,7 +251,7 @@ def report(
         "beats": len(tally.beats),
         "beats_by_class": {label: tally.classes[label] for label in CLASSES},
         "heart_rate_bpm": float(np.median(rates)) if rates else None,
-        "alerts_raised": {rule.name: tally.raised[rule.name] for rule in RULES},
+        "alerts_raised": dict(tally.raised),
         "alerts_active_at_end": sorted(tally.active),
         "chunks": summary.chunks if summary else None,
         "acknowledged": summary.acknowledged if summary else None,
@@ -339,7 +338,7 @@ def _told(made: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if made["heart_rate_bpm"] is not None:
         yield "heart rate", f"{made['heart_rate_bpm']:.0f} bpm in the median"
     raised = made["alerts_raised"].items()
-    yield "alerts", ", ".join(f"{plain(rule)} {count} x" for rule, count in raised)
+    yield "alerts", ", ".join(f"{plain(rule)} {count} x" for rule, count in raised) or "none"
     if latency := made["latency"]:
         quantiles = f"p50 {latency['p50_ms']:.1f} ms, p99 {latency['p99_ms']:.1f} ms"
         yield "latency", f"{quantiles} from chunk to event, of {latency['results']} events"

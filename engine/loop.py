@@ -15,9 +15,11 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from engine import messages, pseudonyms
+from engine import messages, pseudonyms, rules
+from engine.alerts import Alerts, Moment
+from engine.audit import Audit
 from engine.config import Limits, Subjects
-from engine.errors import Refused
+from engine.errors import ConfigError, Refused
 from engine.heart.wing import HeartWing
 from engine.lane import Lane
 from engine.messages import Message
@@ -61,6 +63,13 @@ _PUBLISHED = (
 )
 
 
+_WATCHED = (messages.Measures, messages.Scores, messages.Gap)
+# Pipelines of which nobody is the subject, unless a rule looks at an output of the model.
+_UNWATCHED = frozenset({"speech", "audio", "scores"})
+# Ends of a stream that do not say that something is wrong with it.
+_CALM_ENDS = ("reopened", "draining")
+
+
 class Peer:
     """A connection: who it is, and the streams that it opened."""
 
@@ -86,6 +95,7 @@ class Stream(NamedTuple):
     slot: int
     peer: bytes
     budget_s: float
+    subject: str  # empty: its alerts are not looked for
 
 
 class Engine:
@@ -100,6 +110,12 @@ class Engine:
         Seconds of a monotonic clock, for the time that steps take.
     wake : callable
         Called from another thread when the engine should have a turn.
+    alerts : Alerts, optional
+        None: of the rules that come along.
+    audit : Audit, optional
+        Where every transition of an alert is written; alerts go on from what it holds.
+    summary_s : float
+        After so long what is active is published again.
     subjects : Subjects
 
     Attributes
@@ -118,6 +134,9 @@ class Engine:
         clock: Callable[[], float] = time.perf_counter,
         wake: Waker = lambda: None,
         subjects: Subjects = _ANY_SUBJECT,
+        alerts: Alerts | None = None,
+        audit: Audit | None = None,
+        summary_s: float = 5.0,
     ) -> None:
         self.limits, self.metrics, self._clock = limits, metrics, clock
         self._subjects = subjects
@@ -148,6 +167,12 @@ class Engine:
         self._budgets: Counter[float] = Counter()  # latency budgets of the open streams
         self._tightest_s = math.inf
         self._load = 0.0  # part of the capacity that open streams need
+        self._alerts = alerts or Alerts(rules.load())
+        self._audit, self._summary_s = audit, summary_s
+        self._next_summary = -math.inf
+        self._summarised: set[str] = set()  # subjects of whom the last summary told alerts
+        if audit is not None:
+            self._restore(audit)
 
     # --- in --------------------------------------------------------------------------------
 
@@ -205,6 +230,8 @@ class Engine:
             self._chunk(peer_id, request, now)
         elif isinstance(request, messages.Ping):
             self._tell(peer, messages.Pong(request.id))
+        elif isinstance(request, messages.AlertRequest):
+            self._ask_alerts(peer, request)
         elif isinstance(request, messages.Open):
             self._open(peer_id, peer, request, now)
         else:
@@ -267,7 +294,12 @@ class Engine:
         )
         budget_s = (request.latency_ms or model.spec.latency_ms) / 1000
         slot = lane.open(session)
-        self._streams[request.stream] = Stream(session, request.model, slot, peer_id, budget_s)
+        self._streams[request.stream] = Stream(
+            session, request.model, slot, peer_id, budget_s, self._subject(request)
+        )
+        if subject := self._streams[request.stream].subject:
+            at = Moment(request.index, request.index / request.rate_hz, request.index)
+            self._alerts.opened(subject, request.stream, at)
         self._last_chunk[request.stream] = now
         self._budgets[budget_s] += 1
         self._tightest_s = min(self._tightest_s, budget_s)
@@ -284,6 +316,14 @@ class Engine:
             model.spec.hop_samples / model.spec.input.rate_hz,
         )
         self._tell(peer, opened)
+
+    def _subject(self, request: messages.Open) -> str:
+        """Return whose alerts a stream may raise; empty: nobody's."""
+        spec = self._models[request.model].spec
+        looked_at = any(output.name in self._alerts.outputs for output in spec.outputs)
+        if spec.pipeline in _UNWATCHED and not looked_at:
+            return ""
+        return request.subject or request.stream
 
     def _check_subject(self, subject: str | None) -> None:
         """Refuse a subject in the clear; nobody is told what it was, as it may be a name."""
@@ -404,6 +444,12 @@ class Engine:
             self.drop(peer_id, "idle")
         for name in [n for n, t in self._last_chunk.items() if now - t > limits.stream_timeout_s]:
             self._end(self._streams[name], "idle")
+        self._tell_silence(now)
+        if now >= self._next_summary:
+            self._next_summary = now + self._summary_s
+            self._summarise()
+        if self._audit is not None:
+            self.metrics.audit_lost = self._audit.lost
 
     def drop(self, peer_id: bytes, reason: str) -> None:
         """Give up a connection and its streams."""
@@ -444,10 +490,16 @@ class Engine:
         encoded = messages.encode(message)
         self.peers[stream.peer].outbox.append(encoded)
         if isinstance(message, _PUBLISHED):
-            kind = type(message).__name__.lower()
-            self.metrics.results[kind] += 1
-            topic = f"{kind}/{stream.session.name}".encode()
-            self.published.append((topic, messages.body([encoded])))
+            self._publish(message, stream.session.name, encoded)
+
+        if stream.subject and isinstance(message, _WATCHED):
+            self._watch(stream, message)
+
+    def _publish(self, message: Message, name: str, encoded: bytes) -> None:
+        """Queue a result for subscribers."""
+        kind = type(message).__name__.lower()
+        self.metrics.results[kind] += 1
+        self.published.append((f"{kind}/{name}".encode(), messages.body([encoded])))
 
     def _tell(self, peer: Peer, message: Message) -> None:
         peer.outbox.append(messages.encode(message))
@@ -466,6 +518,11 @@ class Engine:
         """Tell a stream's client that it is over, and free its row."""
         name = stream.session.name
         lane = self._lanes[stream.lane]
+        if reason == "closed":
+            self._tell_alerts(self._alerts.closed(stream.subject, name))
+        else:
+            told = self._alerts.lost(stream.subject, name, tell=reason not in _CALM_ENDS)
+            self._tell_alerts(told)
         self._route(stream, stream.session.closed(reason))
         self._scheduler.removed(stream.lane, stream.slot)
         lane.close(stream.slot)
@@ -478,3 +535,98 @@ class Engine:
             self._tightest_s = min(self._budgets, default=math.inf)
         self.metrics.streams_open = len(self._streams)
         log.info("stream %s closed: %s", name, reason)
+
+    # --- alerts ----------------------------------------------------------------------------
+
+    def _watch(self, stream: Stream, message: Message) -> None:
+        """Let the alerts know what a stream told, and tell what comes of it."""
+        subject, session = stream.subject, stream.session
+        match message:
+            case messages.Measures():
+                at = Moment(message.index, message.seconds, message.decided_at)
+                told = self._alerts.update(subject, session.name, at, message.values)
+            case messages.Gap():
+                self._alerts.gap(subject, session.name)
+                return
+            case messages.Scores() if message.output in self._alerts.outputs:
+                at = Moment(message.index, message.index / session.rate_hz, message.index)
+                largest = float(np.frombuffer(message.data, "<f4").max())
+                values = {f"scores.{message.output}": largest}
+                told = self._alerts.update(subject, session.name, at, values)
+            case _:
+                return
+        self._tell_alerts(told)
+
+    def _tell_silence(self, now: float) -> None:
+        """Let the alerts know of streams whose next chunk is overdue."""
+        for name, heard in self._last_chunk.items():
+            stream = self._streams[name]
+            session = stream.session
+            usual_s = session.samples / max(1, session.chunks) / session.rate_hz
+            overdue_s = now - heard - usual_s
+            if overdue_s > 1.0:
+                values = {"silence_s": overdue_s}
+                self._tell_alerts(self._alerts.missing(stream.subject, name, values))
+
+    def _ask_alerts(self, peer: Peer, request: messages.AlertRequest) -> None:
+        """Do what is asked of alerts, and answer with those that are active then."""
+        subject = request.subject
+        match request:
+            case messages.Acknowledge():
+                told = self._alerts.acknowledge(subject, request.rule, request.by)
+            case messages.PauseAlerts():
+                told = self._alerts.pause(
+                    subject, request.rule, request.seconds, request.by, request.off
+                )
+            case messages.ResumeAlerts():
+                told = self._alerts.resume(subject, request.rule, request.by)
+            case messages.ListAlerts():
+                told = []
+        if told is None:
+            rule = getattr(request, "rule", "") or "any"
+            kind = type(request).__name__.lower()
+            raise Refused("unknown_alert", f"{kind}: found none of {subject!r}, rule: {rule}")
+        self._tell_alerts(told)
+        active = tuple(self._alerts.active(subject))
+        self._tell(peer, messages.AlertList(request.id, active))
+
+    def _tell_alerts(self, alerts: list[messages.Alert]) -> None:
+        """Tell transitions to the clients of their streams and to subscribers, and write them."""
+        for subject in dict.fromkeys(alert.subject for alert in alerts):
+            told = [self._stated(alert) for alert in alerts if alert.subject == subject]
+            for alert in told:
+                encoded = messages.encode(alert)
+                stream = self._streams.get(alert.stream)
+                if stream is not None:
+                    self.peers[stream.peer].outbox.append(encoded)
+                self._publish(alert, alert.stream, encoded)
+            if self._audit is not None:
+                self._audit.add(told, self._alerts.take_out(subject))
+
+    def _stated(self, alert: messages.Alert) -> messages.Alert:
+        """Return a transition with the model that its stream is served by."""
+        stream = self._streams.get(alert.stream)
+        if stream is None:
+            return alert
+        sha256 = self._models[stream.lane].sha256
+        return msgspec.structs.replace(alert, model=stream.lane, sha256=sha256)
+
+    def _summarise(self) -> None:
+        """Publish what is active, and once of each subject that nothing is any more."""
+        found = {active.subject: active for active in self._alerts.active()}
+        for subject in self._summarised - found.keys():
+            known = self._alerts.active(subject)
+            seconds = known[0].seconds if known else 0.0
+            found[subject] = messages.ActiveAlerts(subject, seconds, ())
+        for subject, active in found.items():
+            self._publish(active, subject, messages.encode(active))
+        self._summarised = {subject for subject, active in found.items() if active.alerts}
+
+    def _restore(self, audit: Audit) -> None:
+        """Go on with the alerts that an audit log holds."""
+        for subject, state in audit.states():
+            try:
+                told = self._alerts.put_back(subject, state, live=False)
+            except msgspec.ValidationError as error:
+                raise ConfigError(f"audit: the state of {subject!r}: {error}") from None
+            self._tell_alerts(told)

@@ -19,6 +19,21 @@ Text = Annotated[str, Meta(max_length=256)]
 Index = Annotated[int, Meta(ge=0, le=2**62)]
 Gapped = Literal["hold", "reset"]
 Dtype = Literal["f4", "i2"]  # float32 or int16, both little-endian
+Priority = Literal["low", "medium", "high"]
+AlertKind = Literal["physiological", "technical"]
+AlertState = Literal[
+    "inactive",
+    "pending",
+    "active",
+    "acknowledged",
+    "resolving",
+    "latched",
+    "resolved",
+    "paused",
+    "off",
+]
+RuleName = Annotated[str, Meta(pattern=r"^(|[A-Za-z0-9][A-Za-z0-9_.:-]{0,63})\Z")]  # empty: all
+Actor = Annotated[str, Meta(min_length=1, max_length=64)]  # who asks for it
 Clock = Literal["device", "host", "ptp"]
 Seconds = Annotated[float, Meta(ge=-1e12, le=1e12)]
 Mask = Annotated[int, Meta(ge=0, le=2**62)]  # bit k: channel k
@@ -135,6 +150,42 @@ class Ping(Message, frozen=True):
     id: Index = 0
 
 
+class Acknowledge(Message, frozen=True):
+    """Say that an alert has been seen. Answered, as all four, with what is active then."""
+
+    subject: Name
+    rule: RuleName  # empty: all of the subject
+    by: Actor
+    id: Index = 0
+
+
+class PauseAlerts(Message, frozen=True):
+    """Tell nothing of an alert for a time; with ``off``, forget it and do not look either."""
+
+    subject: Name
+    rule: RuleName  # empty: all
+    seconds: Annotated[float, Meta(gt=0, le=86_400)]  # of the stream; never for good
+    by: Actor
+    off: bool = False
+    id: Index = 0
+
+
+class ResumeAlerts(Message, frozen=True):
+    """End a pause, or an off, before its time."""
+
+    subject: Name
+    rule: RuleName  # empty: all
+    by: Actor
+    id: Index = 0
+
+
+class ListAlerts(Message, frozen=True):
+    """Ask what is active, of all subjects or of one."""
+
+    subject: RuleName = ""  # empty: all
+    id: Index = 0
+
+
 # --- from the server -------------------------------------------------------------------------
 
 
@@ -210,6 +261,13 @@ class Closed(Message, frozen=True):
     late: int = 0  # chunks that came after they were given up
 
 
+class AlertList(Message, frozen=True):
+    """Answer to the request of that id about alerts: those of the subjects it was about."""
+
+    id: int
+    subjects: tuple["ActiveAlerts", ...]
+
+
 class Pong(Message, frozen=True):
     """Answer to ping."""
 
@@ -254,17 +312,61 @@ class Measures(Message, frozen=True):
 
 
 class Alert(Message, frozen=True):
-    """A rule became active, or was resolved."""
+    """A transition: the alert of a rule and a subject went from one state to another.
 
-    stream: str
+    It was raised where ``state`` is active and ``from_state`` none of active, acknowledged and
+    resolving; then ``onset`` is of a new episode.
+    """
+
+    stream: str  # whose measures did it
     rule: str
-    state: Literal["active", "resolved"]
-    priority: Literal["low", "medium", "high"]
+    state: AlertState
+    priority: Priority
     value: float
     limit: float
     index: int
     seconds: float
     decided_at: int
+    notice: str = NOTICE
+    subject: str = ""
+    from_state: AlertState = "inactive"
+    kind: AlertKind = "physiological"
+    onset: int = 0  # index at which the condition was first seen to hold
+    actor: str = ""  # who asked for it; empty: the signal or the time did it
+    reason: str = ""  # why, where it was neither the condition nor its end
+    cannot_monitor: tuple[str, ...] = ()  # rules that this alert keeps from being monitored
+    transitions: int = 1  # how many this one stands for: more, where too many came in a minute
+    model: str = ""
+    sha256: str = ""  # of the model file
+    quality: float | None = None  # of the signal: 2 good, 1 poor, 0 bad
+
+
+class Active(msgspec.Struct, frozen=True):
+    """One alert that is not inactive."""
+
+    rule: str
+    state: AlertState
+    priority: Priority
+    kind: AlertKind
+    stream: str
+    value: float
+    limit: float
+    onset: int
+    onset_s: float
+    acknowledged_by: str = ""
+    until_s: float | None = None  # seconds that a pause or an off still lasts
+
+
+class ActiveAlerts(Message, frozen=True):
+    """All alerts of a subject that are not inactive, the most urgent first.
+
+    Published again every few seconds, so that who comes late learns it; none: all is over.
+    """
+
+    subject: str
+    seconds: float  # of the subject's streams
+    alerts: tuple[Active, ...]
+    cannot_monitor: tuple[str, ...] = ()  # rules
     notice: str = NOTICE
 
 
@@ -320,9 +422,10 @@ class Final(Message, frozen=True):
     alternatives: tuple[str, ...] = ()  # the best first, if more than one was asked for
 
 
-Request = Hello | Open | Chunk | Flush | Close | Ping
-Result = Beat | Measures | Alert | Scores | Samples | Partial | Final | Gap | Bridged
-Reply = Welcome | Opened | Ack | Flushed | Closed | Pong | Error | Result
+AlertRequest = Acknowledge | PauseAlerts | ResumeAlerts | ListAlerts
+Request = Hello | Open | Chunk | Flush | Close | Ping | AlertRequest
+Result = Beat | Measures | Alert | ActiveAlerts | Scores | Samples | Partial | Final | Gap | Bridged
+Reply = Welcome | Opened | Ack | Flushed | Closed | AlertList | Pong | Error | Result
 
 encode = msgspec.msgpack.Encoder().encode
 decode_requests = msgspec.msgpack.Decoder(list[Request]).decode

@@ -53,6 +53,7 @@ class Metrics(Collector):
         self.missed_deadlines = 0
         self.runs: list[Counter[tuple[int, int]]] = []  # of each model: calls by rows and hops
         self.dropped_peers = 0  # that did not read, or died
+        self.audit_lost = 0
         self.refused: Counter[str] = Counter()  # by code
         self.results: Counter[str] = Counter()  # by type
         self.batch_rows = Histogram(_BATCH_BUCKETS)
@@ -71,6 +72,7 @@ class Metrics(Collector):
             ("rows", "hops stepped", self.rows),
             ("missed_deadlines", "hops whose results left late", self.missed_deadlines),
             ("dropped_peers", "connections given up", self.dropped_peers),
+            ("audit_lost", "transitions of alerts that were not written", self.audit_lost),
         ):
             yield CounterMetricFamily(f"murmur_{name}", text, value=value)
         yield _labelled("murmur_refused", "messages not accepted", "code", self.refused.items())

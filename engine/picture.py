@@ -17,7 +17,6 @@ from rich.table import Table
 from rich.text import Text
 
 from engine import messages
-from engine.heart.rhythm import RULES
 from engine.messages import NOTICE, Message
 from engine.recordings import Recording
 
@@ -31,6 +30,7 @@ CLASSES = {
 }
 _STRIP_S = 8.0  # of signal in the picture
 _STRIP_ROWS = 6
+_OVER = ("inactive", "pending", "resolved")  # states that are no alert
 _RECENT = 3  # alerts in the picture
 _VOICE_ROWS = 4  # of text
 _LINE_S = 10.0  # of signal in a plain line
@@ -59,7 +59,7 @@ class Tally:
             case messages.Alert():
                 self.changes.append(message)
                 self.active.pop(message.rule, None)
-                if message.state == "active":
+                if message.state not in _OVER:
                     self.active[message.rule] = message
             case messages.Partial():
                 self.partial = message.text
@@ -70,8 +70,12 @@ class Tally:
 
     @property
     def raised(self) -> Counter[str]:
-        """How often each rule became active."""
-        return Counter(one.rule for one in self.changes if one.state == "active")
+        """How often each rule was raised."""
+        return Counter(
+            one.rule
+            for one in self.changes
+            if one.state == "active" and one.from_state in (*_OVER, "latched")
+        )
 
     def ventricular_since(self, index: float) -> int:
         return sum(beat.label == "V" and beat.index >= index for beat in self.beats)
@@ -230,12 +234,13 @@ class Screen:
 
     def _alerts(self) -> Iterator[RenderableType]:
         row = Text("alerts  ", "dim")
-        for rule in RULES:
-            active = self._tally.active.get(rule.name)
-            style = "bold white on red" if active else "dim"
-            sign = "\u25cf" if active else "\u25cb"
-            row.append(f" {sign} {plain(rule.name)} ", style)
+        for name, alert in self._tally.active.items():
+            style = "bold white on red" if alert.state == "active" else "red"
+            state = "" if alert.state == "active" else f", {alert.state}"
+            row.append(f" \u25cf {plain(name)}{state} ", style)
             row.append("  ")
+        row.append("" if self._tally.active else "\u25cb none", "dim")
+        row.truncate(max(20, min(self._console.width, 120) - 4))
         yield row
         recent = self._tally.changes[-_RECENT:]
         yield from (_change(change) for change in recent)
@@ -289,12 +294,13 @@ def braille(
 
 
 def _change(alert: messages.Alert) -> Text:
-    raised = alert.state == "active"
-    sense = "at or above" if raised else "below"
+    """Say a transition: an alert by its state, and what it was about."""
+    style = "green" if alert.state in _OVER else "bold red"
+    name = "ALERT" if alert.state == "active" else alert.state
     return Text.assemble(
         (f"{_clock(alert.seconds)}  ", "dim"),
-        ("ALERT     " if raised else "resolved  ", "bold red" if raised else "green"),
-        f"{plain(alert.rule)}: {alert.value:g}, {sense} {alert.limit:g}",
+        (f"{name:12}", style),
+        f"{plain(alert.rule)}: {alert.value:g}, limit {alert.limit:g}",
     )
 
 

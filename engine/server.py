@@ -11,11 +11,14 @@ import math
 import signal
 import socket
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import zmq
 
-from engine import metrics, model_file
+from engine import metrics, model_file, rules
+from engine.alerts import Alerts
+from engine.audit import Audit
 from engine.config import Config
 from engine.gate import GatedRuntime
 from engine.loop import Engine
@@ -53,8 +56,9 @@ class Server:
 
     Raises
     ------
-    ModelFileError, zmq.ZMQError
-        If a model cannot be served, or an address cannot be bound.
+    ModelFileError, ConfigError, zmq.ZMQError
+        If a model cannot be served, rules or an audit log cannot be read, or an address cannot be
+        bound.
     """
 
     def __init__(self, config: Config) -> None:
@@ -66,8 +70,17 @@ class Server:
         self.metrics = metrics.Metrics()
         self._waker, self._woken = socket.socketpair()
         self._waker.setblocking(False)
+        chosen = config.alerts
+        self._audit = Audit(Path(chosen.audit)) if chosen.audit else None
         self.engine = Engine(
-            served, config.limits, self.metrics, wake=self._wake, subjects=config.subjects
+            served,
+            config.limits,
+            self.metrics,
+            wake=self._wake,
+            subjects=config.subjects,
+            alerts=Alerts(rules.load(Path(chosen.rules) if chosen.rules else None)),
+            audit=self._audit,
+            summary_s=chosen.summary_s,
         )
         self.model_names = [model.spec.name for model, _ in served]
         self._stopping = False
@@ -195,6 +208,8 @@ class Server:
         self._subscribers.close()
         self._waker.close()
         self._woken.close()
+        if self._audit is not None:
+            self._audit.close()
         self._context.term()
 
 

@@ -64,7 +64,8 @@ class Subscription:
                 return
             for message in messages.decode_replies(body):
                 # A topic is a prefix: that of stream bed-1 also brings those of bed-10.
-                if self._stream in (None, getattr(message, "stream", None)):
+                of = getattr(message, "stream", getattr(message, "subject", None))
+                if self._stream in (None, of):
                     yield message
 
     def close(self) -> None:
@@ -112,10 +113,12 @@ def line(message: Message) -> str:
             what = "measures " + "  ".join(f"{name} {value:g}" for name, value in values)
             return _placed(message.seconds, message.stream, what)
         case messages.Alert():
-            rule, state = message.rule.replace("_", " "), message.state.upper()
-            what = f"alert {rule} {state}: {message.value:g}, limit {message.limit:g}"
-            what += f" ({message.priority} priority)"
-            return _placed(message.seconds, message.stream, what)
+            return _placed(message.seconds, message.stream, _alert(message))
+        case messages.ActiveAlerts():
+            what = ", ".join(f"{plain(a.rule)} {a.state} ({a.priority})" for a in message.alerts)
+            if message.cannot_monitor:
+                what += f"; cannot monitor {', '.join(map(plain, message.cannot_monitor))}"
+            return _placed(message.seconds, message.subject, f"alerts  {what or 'none'}")
         case messages.Final() if message.words:
             what = f"final   {message.text}"
             return _placed(message.words[0].start_s, message.stream, what)
@@ -140,6 +143,25 @@ def line(message: Message) -> str:
         case _:
             what = repr(message)
     return f"{'':>11} {getattr(message, 'stream', '')}  {what}"
+
+
+def _alert(message: messages.Alert) -> str:
+    what = f"alert {plain(message.rule)} {message.state.upper()}"
+    what += f" after {message.from_state}" if message.from_state != "inactive" else ""
+    what += f": {message.value:g}, limit {message.limit:g} ({message.priority} priority)"
+    if message.cannot_monitor:
+        what += f"; cannot monitor {', '.join(map(plain, message.cannot_monitor))}"
+    if message.actor:
+        what += f"; by {message.actor}"
+    if message.reason:
+        what += f"; {message.reason}"
+    if message.transitions > 1:
+        what += f"; {message.transitions} transitions in one"
+    return what
+
+
+def plain(rule: str) -> str:
+    return rule.replace("_", " ")
 
 
 def _placed(seconds: float, stream: str, what: str) -> str:

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from engine import messages, model_file
-from engine.alerts import AlertMachine, Change, Rule
+from engine import messages, model_file, rules
+from engine.alerts import Alerts, Moment
 from engine.heart.beats import Beat, BeatFinder
-from engine.heart.rhythm import RULES, Rhythm
+from engine.heart.rhythm import Rhythm
 from engine.heart.wing import HeartWing
 from engine.model_file import ModelSpec
 from engine.wing import Rows
@@ -115,6 +115,7 @@ class Patient:
         self.wing = HeartWing(spec(frames=25), 1)
         self.wing.reset(0)
         self.position = 0
+        self.alerts = Alerts(rules.load())
 
     def beat(self, label: str, begin: int = 0, end: int = NEVER) -> list[messages.Message]:
         p, classes = scores([0.0] * 25)
@@ -136,7 +137,14 @@ class Patient:
     def changes(self, labels: str) -> list[tuple[str, str]]:
         """Return each alert that some beats change: rule and new state."""
         told = [message for label in labels for message in self.beat(label)]
-        return [(m.rule, m.state) for m in told if isinstance(m, messages.Alert)]
+        return [
+            (alert.rule, alert.state)
+            for one in told
+            if isinstance(one, messages.Measures)
+            for alert in self.alerts.update(
+                "s", "s", Moment(one.index, one.seconds, one.decided_at), one.values
+            )
+        ]
 
 
 def test_a_beat_is_told_at_the_clients_index() -> None:
@@ -151,7 +159,11 @@ def test_a_beat_is_told_at_the_clients_index() -> None:
             (place + 200, 1210 + 12 * STRIDE, 60.0),
         ]
     ]
-    assert told == [[beat] for beat in expected]
+    assert [beat for beat, _ in told] == expected
+    for (_, measures), beat in zip(told, expected, strict=True):
+        assert isinstance(measures, messages.Measures)
+        assert (measures.index, measures.decided_at) == (beat.index, beat.decided_at)
+        assert measures.values.get("heart_rate_bpm") == beat.heart_rate_bpm
 
 
 def test_a_beat_before_the_beginning_or_in_the_padding_is_not_told() -> None:
@@ -165,8 +177,8 @@ def test_a_beat_before_the_beginning_or_in_the_padding_is_not_told() -> None:
 def test_three_ventricular_beats_in_a_row_are_a_run_until_another_ends_it() -> None:
     patient = Patient()
     assert patient.changes("NVVNVV") == []
-    assert patient.changes("V") == [("ventricular_run", "active")]
-    assert patient.changes("N") == [("ventricular_run", "resolved")]
+    assert patient.changes("V") == [("ventricular_run_short", "active")]
+    assert patient.changes("N") == [("ventricular_run_short", "resolved")]
 
 
 def test_six_ventricular_beats_a_minute_are_frequent_until_fewer_than_four_are() -> None:
@@ -180,10 +192,10 @@ def test_six_ventricular_beats_a_minute_are_frequent_until_fewer_than_four_are()
 
 def test_lost_samples_neither_resolve_an_alert_nor_help_to_raise_one() -> None:
     patient = Patient()
-    assert patient.changes("NVVV") == [("ventricular_run", "active")]
+    assert patient.changes("NVVV") == [("ventricular_run_short", "active")]
     patient.wing.gap(0, "reset")
     assert patient.changes("V") == []  # new data, and it does not say that the run is over
-    assert patient.changes("N") == [("ventricular_run", "resolved")]
+    assert patient.changes("N") == [("ventricular_run_short", "resolved")]
     patient.wing.gap(0, "reset")
     assert patient.changes("VVN") == []  # six in all, but who knows how far apart
 
@@ -231,27 +243,6 @@ def test_the_rhythm_is_that_of_the_list_of_beats(steps: list[tuple[int, str, int
         assert rhythm.heart_rate_bpm == rate
 
 
-def test_an_alert_is_told_once_and_not_cleared_at_its_own_limit() -> None:
-    rule = Rule("fast", "rate", 120.0, 100.0, "medium")
-    machine = AlertMachine((rule,))
-    told = [machine.update({"rate": value}) for value in (119, 120, 121, 119, 100, 99, 110, 120)]
-    expected = [[], ["active"], [], [], [], ["resolved"], [], ["active"]]
-    assert [[change.state for change in changes] for changes in told] == expected
-    assert told[1] == [Change(rule, "active", 120)]
-
-
-def test_a_measure_that_is_missing_changes_nothing() -> None:
-    machine = AlertMachine((Rule("fast", "rate", 120.0, 100.0, "medium"),))
-    machine.update({"rate": 130})
-    assert machine.update({}) == []
-    assert machine.update({"other": 0.0}) == []
-    assert [change.state for change in machine.update({"rate": 99})] == ["resolved"]
-
-
-def test_every_rule_clears_below_where_it_raises() -> None:
-    assert all(rule.clear_below < rule.raise_at for rule in RULES)
-
-
 def test_beats_on_the_two_sides_of_lost_samples_make_no_heart_rate_though_the_state_is_held() -> (
     None
 ):
@@ -259,7 +250,7 @@ def test_beats_on_the_two_sides_of_lost_samples_make_no_heart_rate_though_the_st
     told = [patient.beat("N") for _ in range(3)]
     patient.wing.gap(0, "hold")
     told += [patient.beat("N") for _ in range(3)]
-    rates = [beat.heart_rate_bpm for (beat,) in told if isinstance(beat, messages.Beat)]
+    rates = [beat.heart_rate_bpm for beat, _ in told if isinstance(beat, messages.Beat)]
     assert rates == [None, None, 60.0, None, None, 60.0]
 
 

@@ -3,16 +3,7 @@
 from collections import deque
 from statistics import median
 
-from engine.alerts import Rule
-
-# A ventricular run is three or more ventricular beats in a row; more than five a minute are
-# called frequent (Lown & Wolf 1971 draw that line at 30 an hour, bedside monitors at 5-10 a
-# minute). Each clears well below where it raises.
-RULES = (
-    Rule("ventricular_run", "ventricular_in_a_row", 3, 1, "high"),
-    Rule("frequent_ventricular_beats", "ventricular_per_minute", 6, 4, "medium"),
-)
-_FREQUENT = RULES[1].raise_at
+_FREQUENT = 6  # ventricular beats in less than a minute are already known to be so many
 _INTERVALS = 8  # the heart rate is of their median: one early beat does not move it
 _LONGEST_INTERVAL_S = 3.0  # a longer one is a pause or a loss of signal, not a heart rate
 
