@@ -5,14 +5,17 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import IO, NamedTuple
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.errors import MurmurError
+from engine.client import Client
+from engine.errors import Disconnected, MurmurError
 
 
 class Counts(NamedTuple):
@@ -131,3 +134,44 @@ def serving(model: str, **limits: float) -> Iterator[ServerProcess]:
         yield server
     finally:
         server.stop()
+
+
+@contextlib.contextmanager
+def running(
+    model: str, address: str | None = None, **limits: float
+) -> Iterator[tuple[str, ServerProcess | None]]:
+    """Give the address of a running server: the one that is named, or one that is started.
+
+    Raises
+    ------
+    MurmurError
+        If the server does not start or ends meanwhile, with what it said last.
+    """
+    if address is not None:
+        yield address, None
+        return
+    with tempfile.TemporaryFile() as log:
+        try:
+            # Not real time: a stream more makes the others slower, and late for nobody.
+            server = ServerProcess(model, {"max_load": 1e9, **limits}, log)
+        except MurmurError:
+            raise MurmurError(_last_line(log)) from None
+        try:
+            yield server.address, server
+        except Disconnected as error:
+            code = server.stop()
+            raise MurmurError(f"{error}; it ended with code {code}: {_last_line(log)}") from None
+        finally:
+            server.stop()
+
+
+def served(client: Client, model: str) -> str:
+    """Return the name under which a model, perhaps given by its file, is served."""
+    names = client.welcome.models if client.welcome else []
+    return names[0] if len(names) == 1 and Path(model).suffix in (".onnx", ".toml") else model
+
+
+def _last_line(log: IO[bytes]) -> str:
+    log.seek(0)
+    lines = log.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
+    return lines[-1].removeprefix("murmur: ")

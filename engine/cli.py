@@ -387,6 +387,107 @@ def evaluate_speech(
         raise typer.Exit(1)
 
 
+Records = Annotated[
+    list[str] | None,
+    typer.Option(help="Names, one or several joined by commas; can be repeated. Default: all."),
+]
+HeartModel = Annotated[
+    str, typer.Option(help="Model file or bundled name; says how many leads of a record are sent.")
+]
+AtOnce = Annotated[int, typer.Option(min=1, help="Records under way at once.")]
+
+
+@evaluate_app.command("ecg")
+def evaluate_ecg(
+    folder: Annotated[Path, typer.Argument(help="Of WFDB records, with or without .atr.")],
+    records: Records = None,
+    model: HeartModel = "heart",
+    connect: Connect = None,
+    beats: Annotated[
+        Path | None, typer.Option(help="Write the beats told here, one JSON object a line.")
+    ] = None,
+    alerts: Annotated[
+        Path | None, typer.Option(help="Write the alerts' transitions here, likewise.")
+    ] = None,
+    streams: AtOnce = 8,
+    chunk_ms: Annotated[float, typer.Option(min=0, help="Of signal, in each chunk.")] = 500,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="Draw each chunk's size, up to --chunk-ms; also of losses."),
+    ] = None,
+    lose: Annotated[
+        float, typer.Option(min=0, max=0.99, help="Share of the chunks that is lost at random.")
+    ] = 0.0,
+    burst: Annotated[
+        float, typer.Option(min=0, help="Lose bursts of so many seconds, at the same share.")
+    ] = 0.0,
+    timeout: Timeout = 30.0,
+    as_json: Json = False,
+) -> None:
+    """Beats, classes and alerts against annotations, AAMI EC57-style, through a real server."""
+    from rich.console import Console
+
+    from engine import evaluate_ecg as evaluating
+    from engine.ward import Plan
+
+    plan = Plan(model, streams, chunk_ms / 1000, seed, lose, burst)
+    chosen = [name for one in records or () for name in one.replace(",", " ").split()]
+    try:
+        made = evaluating.evaluate(folder, plan, Console(stderr=True), chosen, connect, timeout)
+        for file, rows in ((beats, made.beats), (alerts, made.alerts)):
+            if file is not None:
+                evaluating.write(rows, file)
+    except (MurmurError, zmq.ZMQError, OSError) as error:
+        _fail(error)
+    if as_json:
+        typer.echo(msgspec.json.encode({**made.report, "folder": str(folder)}).decode())
+    else:
+        typer.echo("\n".join(evaluating.lines(made.report)))
+    if made.report["faults"]:
+        raise typer.Exit(1)
+
+
+@evaluate_app.command("rhythm")
+def evaluate_rhythm(
+    folder: Annotated[
+        Path, typer.Argument(help="Of WFDB records, with labels.csv: record,label[,split].")
+    ],
+    split: Annotated[str | None, typer.Option(help="Of labels.csv, such as valid.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only so many records, evenly spread.")
+    ] = None,
+    model: HeartModel = "heart",
+    connect: Connect = None,
+    answers: Annotated[
+        Path | None, typer.Option(help="Write what was told of each record here, as JSON lines.")
+    ] = None,
+    streams: AtOnce = 32,
+    timeout: Timeout = 30.0,
+    as_json: Json = False,
+) -> None:
+    """Tell normal rhythm, atrial fibrillation, other and noise apart; scored as in CinC 2017."""
+    from rich.console import Console
+
+    from engine import evaluate_ecg
+    from engine import evaluate_rhythm as evaluating
+    from engine.ward import Plan
+
+    plan = Plan(model, streams, chunk_s=2.0)
+    try:
+        entries = evaluating.read(folder, split, limit)
+        made = evaluating.evaluate(folder, entries, plan, Console(stderr=True), connect, timeout)
+        if answers is not None:
+            evaluate_ecg.write(made.answers, answers)
+    except (MurmurError, zmq.ZMQError, OSError) as error:
+        _fail(error)
+    if as_json:
+        typer.echo(msgspec.json.encode({**made.report, "folder": str(folder)}).decode())
+    else:
+        typer.echo("\n".join(evaluating.lines(made.report)))
+    if made.report["faults"]:
+        raise typer.Exit(1)
+
+
 def _echo(text: str) -> None:
     typer.echo(text, nl=False)
 

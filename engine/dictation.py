@@ -8,28 +8,19 @@ then flushed and closed. One thread. What is made of the answers: see :mod:`engi
 import contextlib
 import math
 import re
-import tempfile
 import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 from engine import messages
 from engine.audio import Sound
-from engine.child import ServerProcess
+from engine.child import served
 from engine.client import Client, Stream
 from engine.errors import Disconnected, MurmurError, Refused
 from engine.messages import Final, Message, Speech
@@ -176,61 +167,6 @@ class Take:
         return block if len(block) else None
 
 
-class Bar:
-    """How far recordings are, on a terminal; nothing elsewhere.
-
-    Parameters
-    ----------
-    console : Console
-    total_s : float
-        Length of all recordings.
-    what : str
-    """
-
-    def __init__(self, console: Console, total_s: float, what: str) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[speed]}"),
-        )
-        self.shown = console.is_terminal
-        # Standard output is the caller's: it may be a pipe.
-        self._progress = Progress(
-            *columns,
-            console=console,
-            transient=True,
-            redirect_stdout=False,
-            disable=not self.shown,
-        )
-        self._task = self._progress.add_task(what, total=total_s, speed="")
-        self._over_s = 0.0
-        self._begin = 0.0
-
-    def __enter__(self) -> "Bar":
-        self._begin = time.monotonic()
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def move(self, takes: Sequence[Take]) -> None:
-        """Show those under way."""
-        done_s = self._over_s + sum(take.done_s for take in takes)
-        speed = done_s / max(1e-3, time.monotonic() - self._begin)
-        self._progress.update(self._task, completed=done_s, speed=f"{speed:.1f} x real time")
-
-    def over(self, seconds: float) -> None:
-        """Count what is over and done."""
-        self._over_s += seconds
-
-    def say(self, line: str) -> None:
-        """Print a line above the bar."""
-        self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
 class Unheard(NamedTuple):
     """A recording that is no sound, or that the server does not take."""
 
@@ -341,44 +277,3 @@ def length_s(paths: Iterable[Path]) -> float:
         except MurmurError:  # told when its turn comes
             continue
     return total
-
-
-@contextlib.contextmanager
-def recogniser(
-    model: str, address: str | None = None
-) -> Iterator[tuple[str, ServerProcess | None]]:
-    """Give the address of a running server: the one that is named, or one that is started.
-
-    Raises
-    ------
-    MurmurError
-        If the server does not start or ends meanwhile, with what it said last.
-    """
-    if address is not None:
-        yield address, None
-        return
-    with tempfile.TemporaryFile() as log:
-        try:
-            # Not real time: a stream more makes the others slower, and late for nobody.
-            server = ServerProcess(model, {"max_load": 1e9}, log)
-        except MurmurError:
-            raise MurmurError(_last_line(log)) from None
-        try:
-            yield server.address, server
-        except Disconnected as error:
-            code = server.stop()
-            raise MurmurError(f"{error}; it ended with code {code}: {_last_line(log)}") from None
-        finally:
-            server.stop()
-
-
-def served(client: Client, model: str) -> str:
-    """Return the name under which a model, perhaps given by its file, is served."""
-    names = client.welcome.models if client.welcome else []
-    return names[0] if len(names) == 1 and Path(model).suffix in (".onnx", ".toml") else model
-
-
-def _last_line(log: IO[bytes]) -> str:
-    log.seek(0)
-    lines = log.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
-    return lines[-1].removeprefix("murmur: ")

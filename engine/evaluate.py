@@ -16,10 +16,12 @@ import numpy as np
 from rich.console import Console
 
 from engine import spoken
+from engine.child import running
 from engine.client import Client
 from engine.corpus import Clip
-from engine.dictation import Bar, Plan, Take, Unheard, dictate, length_s, recogniser
+from engine.dictation import Plan, Take, Unheard, dictate, length_s
 from engine.messages import Final, Partial
+from engine.progress import Bar
 from engine.scoring import (
     AVERAGE_LAGGING,
     Changes,
@@ -215,7 +217,7 @@ def evaluate(
     heard: list[tuple[Clip, Take]] = []
     bar = Bar(console, length_s(by_path), "evaluating")
     with (
-        recogniser(plan.model) as (address, server),
+        running(plan.model) as (address, server),
         Client(address, timeout_s) as client,
         bar,
     ):

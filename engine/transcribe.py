@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 import msgspec
 from rich.console import Console
 
+from engine.child import running
 from engine.client import Client
-from engine.dictation import Bar, Plan, Take, Unheard, dictate, length_s, recogniser
+from engine.dictation import Plan, Take, Unheard, dictate, length_s
 from engine.errors import MurmurError
 from engine.messages import Final, Gap, Message, Word
+from engine.progress import Bar
 
 # Subtitles: two lines of 42 letters, as broadcasters have it, and at most 6 s on the screen.
 _LINE_LETTERS = 42
@@ -127,7 +129,7 @@ def run(
     paths = list(dict.fromkeys(paths))
     bar = Bar(console, length_s(paths), "listening")
     writer = _Writer(paths, printing, bar, echo)
-    with recogniser(plan.model, address) as (found, _), Client(found, timeout_s) as client, bar:
+    with running(plan.model, address) as (found, _), Client(found, timeout_s) as client, bar:
         return transcribe(client, paths, plan, bar, writer.tell, writer.tell_final)
 
 

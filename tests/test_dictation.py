@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from engine import dictation
+from engine import child
 from engine.client import Client
 from engine.dictation import Plan, Take, Unheard, dictate
 from engine.errors import MurmurError, Refused
@@ -160,13 +160,13 @@ def test_a_damaged_file_gives_the_text_before_the_damage(client: Client, tmp_pat
 def test_a_server_that_does_not_start_says_why() -> None:
     with (
         pytest.raises(MurmurError, match=r"nosuch: expected a \.onnx or \.toml file"),
-        dictation.recogniser("nosuch"),
+        child.running("nosuch"),
     ):
         pass
 
 
 def test_a_server_that_is_named_is_not_started() -> None:
-    with dictation.recogniser("nosuch", "tcp://127.0.0.1:9") as (address, process):
+    with child.running("nosuch", "tcp://127.0.0.1:9") as (address, process):
         assert (address, process) == ("tcp://127.0.0.1:9", None)
 
 

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 torch = pytest.importorskip("torch", reason="needs the extra 'train'")
 lightning = pytest.importorskip("pytorch_lightning", reason="needs the extra 'train'")
 pytest.importorskip("wfdb", reason="needs the extra 'train'")
 
-from engine import model_file  # noqa: E402
-from engine.heart.beats import BeatFinder  # noqa: E402
+from engine import messages, model_file, ward  # noqa: E402
+from engine.child import serving  # noqa: E402
+from engine.client import Client  # noqa: E402
+from engine.heart.beats import Beat, BeatFinder  # noqa: E402
 from exporters.net import Conv, Head, NetConfig, StreamingNet  # noqa: E402
 from exporters.to_onnx import export  # noqa: E402
 from training import augment, data, evaluate, heart  # noqa: E402
@@ -229,50 +230,18 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path: Path) 
 # Evaluation
 
 
-def naive_hits(annotated: NDArray[np.int64], found: NDArray[np.int64], tolerance: int) -> int:
-    """Return the size of the best one-to-one matching: on a line, first come first served."""
-    hits, unused = 0, found.tolist()
-    for beat in annotated:
-        near = [place for place in unused if abs(place - beat) <= tolerance]
-        if near:
-            unused.remove(near[0])
-            hits += 1
-    return hits
-
-
-def test_matches_are_as_many_as_can_be_and_one_to_one() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        annotated = np.cumsum(rng.integers(80, 400, 60))
-        keep = rng.random(60) > 0.1
-        found = np.sort(annotated[keep] + rng.integers(-70, 71, keep.sum()))
-        found = np.unique(np.concatenate([found, rng.integers(0, annotated[-1], 5)]))
-        partner = evaluate.match(annotated, found, 54)
-        hit = partner >= 0
-        assert len(set(partner[hit])) == hit.sum()
-        assert np.abs(annotated[hit] - found[partner[hit]]).max() <= 54
-        assert hit.sum() == naive_hits(annotated, found, 54)
-
-
-def test_a_beat_at_the_tolerance_is_a_match_and_one_beyond_is_not() -> None:
-    annotated = np.array([1000, 2000])
-    assert evaluate.match(annotated, np.array([1054, 2055]), 54).tolist() == [0, -1]
-    assert evaluate.match(annotated, np.empty(0, np.int64), 54).tolist() == [-1, -1]
-
-
 def test_a_score_counts_missed_false_and_mistaken_beats() -> None:
     made = recording()
-    beats = [
-        evaluate.Beat(int(place), "N", 0.9, int(place)) for place in made.beats[1:]
-    ]  # one missed, and every V called N
-    scored = evaluate.score(made, [*beats, evaluate.Beat(20 * RATE_HZ - 1, "V", 0.9, 0)], RATE_HZ)
+    beats = [Beat(int(place), "N", 0.9, int(place)) for place in made.beats[1:]]
+    # One missed, every V called N, one false V, and one behind the end, which does not count.
+    last = len(made.signal)
+    beats += [Beat(last - 1, "V", 0.9, 0), Beat(last, "V", 0.9, 0)]
+    scored = evaluate.score(made, beats, RATE_HZ)
     total, ventricular = len(made.beats), int((made.classes > 0).sum())
-    assert scored.sensitivity == pytest.approx((total - 1) / total)
-    assert scored.predictivity == pytest.approx((total - 1) / total)
-    assert scored.confusion[2].tolist() == [ventricular, 0, 0, 0, 0, 0]
-    assert scored.confusion[5].tolist() == [0, 0, 1, 0, 0, 0]
-    assert scored.class_f1("V") == 0.0
-    assert evaluate.gross([scored, scored]).f1 == scored.f1
+    assert (scored.hits, scored.missed, scored.false) == (total - 1, 1, 1)
+    assert scored.counts[2].tolist() == [ventricular, 0, 0, 0, 0, 0]
+    assert scored.counts[5].tolist() == [0, 0, 1, 0, 0, 0]
+    assert scored.of("V").f1 == 0.0
 
 
 def test_streaming_the_exported_model_finds_what_torch_finds(tmp_path: Path) -> None:
@@ -300,8 +269,12 @@ def test_a_server_tells_the_beats_that_streaming_finds() -> None:
     t = np.arange(20 * 360) / 360
     signals = np.exp(-(((t % [[0.8], [0.5]]) - 0.3) ** 2) / 2 / 0.02**2).astype(np.float32)
     signals = np.repeat(signals[:, :, None], model_file.load("heart").spec.input.channels, axis=2)
-    served = evaluate.serve("heart", signals)
+    sent = [ward.Signal(str(row), one, 360.0, "mV") for row, one in enumerate(signals)]
+    with serving("heart") as server, Client(server.address) as client:
+        heard = {one.name: one.told for one in ward.watch(client, sent, ward.Plan(seed=0))}
     streamed = evaluate.stream(model_file.load("heart"), signals)
-    inside = [[beat for beat in beats if beat.position < len(t)] for beats in streamed]
-    assert [len(beats) > 15 for beats in served] == [True, True]
-    assert served == inside
+    for row, beats in enumerate(streamed):
+        told = [one for one in heard[str(row)] if isinstance(one, messages.Beat)]
+        inside = [beat for beat in beats if beat.position < len(t)]
+        assert len(told) > 15
+        assert [(one.index, one.label, one.probability, one.decided_at) for one in told] == inside

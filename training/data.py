@@ -11,12 +11,8 @@ import numpy as np
 import wfdb
 from numpy.typing import NDArray
 
+from engine.ec57 import CLASS_OF, LABELS
 from engine.model_file import ModelSpec
-
-# AAMI EC57: each beat annotation of MIT-BIH to one of five classes.
-LABELS = ("N", "S", "V", "F", "Q")
-_SYMBOLS = {"N": "NLRej", "S": "AaJS", "V": "VE", "F": "F", "Q": "/fQ"}
-CLASS_OF = {symbol: LABELS.index(label) for label, text in _SYMBOLS.items() for symbol in text}
 
 # Chosen before the first run, for variety: a V5 lead, VEBs in runs, noise, fusion beats, SVEBs.
 # 208 must stay here, because the demonstration shows it.

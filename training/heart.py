@@ -24,7 +24,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
 from torch.nn import functional
 
-from engine import model_file
+from engine import ec57, model_file
 from engine.heart.beats import Beat, BeatFinder
 from engine.model_file import Filter, Input, ModelSpec, Output, Stage
 from exporters.net import Conv, Head, NetConfig, StreamingNet
@@ -138,8 +138,8 @@ class HeartModel(lightning.LightningModule):
             evaluate.score(recording, beats, rate_hz)
             for recording, beats in zip(validation.recordings, found, strict=True)
         ]
-        total = evaluate.gross(scores)
-        figures = {"qrs": total.f1, "veb": total.class_f1("V"), "sveb": total.class_f1("S")}
+        total = ec57.gross(scores)
+        figures = {"qrs": total.f1, "veb": total.of("V").f1, "sveb": total.of("S").f1}
         # A point of QRS is worth ten of VEB: every class rests on the beat being found.
         figures["score"] = np.dot([1.0, 0.1, 0.02], np.nan_to_num(list(figures.values())))
         self.log_dict(figures, prog_bar=True, batch_size=1)
