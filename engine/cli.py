@@ -57,6 +57,9 @@ def serve(
     limits: Annotated[
         list[str] | None, typer.Option("--limit", help="KEY=NUMBER of the section limits.")
     ] = None,
+    record: Annotated[
+        str | None, typer.Option(help="Folder for WFDB records of all heart streams.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the addresses as JSON on the first line.")
     ] = False,
@@ -69,8 +72,12 @@ def serve(
     )
     try:
         given = {"models": models, "bind": bind, "publish": publish, "metrics": metrics}
-        server = Server(config.read(config_file, limits or (), **given))
-    except (MurmurError, zmq.ZMQError) as error:
+        chosen = config.read(config_file, limits or (), **given)
+        if record is not None:
+            kept = msgspec.structs.replace(chosen.record, folder=record)
+            chosen = msgspec.structs.replace(chosen, record=kept)
+        server = Server(chosen)
+    except (MurmurError, zmq.ZMQError, OSError) as error:
         _fail(error)
     if as_json:
         typer.echo(msgspec.json.encode(server.endpoints._asdict()).decode())

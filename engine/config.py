@@ -53,6 +53,14 @@ class AlertOptions(_Section, frozen=True):
     summary_s: Positive = 5.0  # after so long what is active is published again
 
 
+class Record(_Section, frozen=True):
+    """Heart streams written down as WFDB records."""
+
+    folder: str = ""  # empty: nothing is written
+    max_mb: Positive = 10_000.0  # MiB that all files in it may take; then recording ends
+    flush_s: Positive = 5.0  # after so long what has come can be read
+
+
 class Config(_Section, frozen=True):
     """The whole file."""
 
@@ -65,6 +73,7 @@ class Config(_Section, frozen=True):
     limits: Limits = Limits()
     alerts: AlertOptions = AlertOptions()
     subjects: Subjects = Subjects()
+    record: Record = Record()
 
     @property
     def num_threads(self) -> int:

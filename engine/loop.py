@@ -25,6 +25,7 @@ from engine.lane import Lane
 from engine.messages import Message
 from engine.metrics import Metrics
 from engine.model_file import Model
+from engine.recorder import RECORDED, Recorder, Signal
 from engine.runtime import Runtime
 from engine.scheduler import Batch, Scheduler, Terms
 from engine.session import Session
@@ -117,6 +118,8 @@ class Engine:
     summary_s : float
         After so long what is active is published again.
     subjects : Subjects
+    recorder : Recorder, optional
+        Takes the signal and the results of heart streams.
 
     Attributes
     ----------
@@ -137,9 +140,10 @@ class Engine:
         alerts: Alerts | None = None,
         audit: Audit | None = None,
         summary_s: float = 5.0,
+        recorder: Recorder | None = None,
     ) -> None:
         self.limits, self.metrics, self._clock = limits, metrics, clock
-        self._subjects = subjects
+        self._subjects, self._recorder = subjects, recorder
         self.published: list[tuple[bytes, bytes]] = []
         self.turned_away: list[tuple[bytes, bytes]] = []
         self.peers: dict[bytes, Peer] = {}
@@ -304,6 +308,10 @@ class Engine:
         self._budgets[budget_s] += 1
         self._tightest_s = min(self._tightest_s, budget_s)
         self._load += self._share(lane)
+        if self._recorder is not None and model.spec.pipeline == "heart":
+            signal = Signal(model.spec.input.unit, session.steps)
+            made_by = f"{request.model} {model.sha256}"
+            session.tap = self._recorder.open(request, signal, made_by)
         peer.streams.add(request.stream)
         self.metrics.streams_open = len(self._streams)
         log.info("stream %s opened: %s at %g Hz", session.name, request.model, request.rate_hz)
@@ -500,6 +508,8 @@ class Engine:
         kind = type(message).__name__.lower()
         self.metrics.results[kind] += 1
         self.published.append((f"{kind}/{name}".encode(), messages.body([encoded])))
+        if self._recorder is not None and isinstance(message, RECORDED):
+            self._recorder.note(name, message)
 
     def _tell(self, peer: Peer, message: Message) -> None:
         peer.outbox.append(messages.encode(message))
@@ -523,6 +533,8 @@ class Engine:
         else:
             told = self._alerts.lost(stream.subject, name, tell=reason not in _CALM_ENDS)
             self._tell_alerts(told)
+        if self._recorder is not None and stream.session.tap is not None:
+            self._recorder.close(name)
         self._route(stream, stream.session.closed(reason))
         self._scheduler.removed(stream.lane, stream.slot)
         lane.close(stream.slot)

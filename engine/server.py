@@ -23,6 +23,7 @@ from engine.config import Config
 from engine.gate import GatedRuntime
 from engine.loop import Engine
 from engine.model_file import Model
+from engine.recorder import Recorder
 from engine.runtime import CpuRuntime, Runtime
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,10 @@ class Server:
         self._waker.setblocking(False)
         chosen = config.alerts
         self._audit = Audit(Path(chosen.audit)) if chosen.audit else None
+        kept = config.record
+        self._recorder = (
+            Recorder(Path(kept.folder), kept.max_mb, kept.flush_s) if kept.folder else None
+        )
         self.engine = Engine(
             served,
             config.limits,
@@ -81,6 +86,7 @@ class Server:
             alerts=Alerts(rules.load(Path(chosen.rules) if chosen.rules else None)),
             audit=self._audit,
             summary_s=chosen.summary_s,
+            recorder=self._recorder,
         )
         self.model_names = [model.spec.name for model, _ in served]
         self._stopping = False
@@ -211,6 +217,8 @@ class Server:
         if self._audit is not None:
             self._audit.close()
         self._context.term()
+        if self._recorder is not None:
+            self._recorder.stop()
 
 
 def runtime(model: Model, config: Config) -> Runtime:

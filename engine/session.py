@@ -96,6 +96,8 @@ class Session:
         The client's index after the last sample that was accepted in order.
     tap : callable or None
         Takes (index, values) of each chunk in order, in the model's unit at the stream's own rate.
+    steps : list of (float, float)
+        Gain and offset of each channel, from what is sent to the model's unit.
     """
 
     def __init__(
@@ -119,7 +121,8 @@ class Session:
         self.opened, self._signal = opened, signal
         self._dtype = _DTYPES[opened.dtype]
         _check_channels(opened, signal)
-        self._scale, self._offset = _calibration(opened, signal)
+        self.steps = _steps(opened, signal)
+        self._scale, self._offset = _calibration(self.steps)
         self._calibrated = bool(
             opened.dtype == "i2" or np.any(self._scale != 1) or np.any(self._offset)
         )
@@ -597,12 +600,10 @@ def _check_channels(opened: Open, signal: Input) -> None:
         )
 
 
-def _calibration(
-    opened: Open, signal: Input
-) -> tuple[np.float32 | NDArray[np.float32], np.float32 | NDArray[np.float32]]:
-    """Return the scale and offset from what is sent to the model's unit: one, or each channel's."""
-    pairs = []
-    for each in opened.channel_info or (Channel(),):
+def _steps(opened: Open, signal: Input) -> list[tuple[float, float]]:
+    """Return each channel's gain and offset, from what is sent to the model's unit."""
+    steps = []
+    for each in opened.channel_info or (Channel(),) * opened.channels:
         gain = opened.gain if each.gain is None else each.gain
         offset = opened.offset if each.offset is None else each.offset
         if not np.isfinite([gain, offset]).all() or gain == 0:
@@ -611,10 +612,19 @@ def _calibration(
                 f"gain, offset: expected finite, gain not 0, found {gain}, {offset}",
             )
         factor = _factor(each.unit or opened.unit, signal.unit)
-        pairs.append((np.float32(gain * factor), np.float32(offset * factor)))
-    if len(set(pairs)) == 1:
-        return pairs[0]
-    scales, offsets = np.array(pairs, np.float32).T
+        steps.append((gain * factor, offset * factor))
+    return steps
+
+
+def _calibration(
+    steps: list[tuple[float, float]],
+) -> tuple[np.float32 | NDArray[np.float32], np.float32 | NDArray[np.float32]]:
+    """Return the scale and offset: one if it is that of all channels, which is faster."""
+    scales, offsets = np.array(steps, np.float64).T
+    with np.errstate(over="ignore"):
+        scales, offsets = scales.astype(np.float32), offsets.astype(np.float32)
+    if len(set(steps)) == 1:
+        return scales[0], offsets[0]
     return scales, offsets
 
 

@@ -14,6 +14,7 @@ from engine import model_file
 from engine.config import Config, Limits, Subjects
 from engine.loop import Engine
 from engine.metrics import Metrics
+from engine.recorder import Recorder
 from engine.server import runtime
 
 Kind = TypeVar("Kind", bound=m.Message)
@@ -27,7 +28,13 @@ _ANY = Subjects()
 class Driven:
     """An engine that serves some model files to peers who were all welcomed."""
 
-    def __init__(self, *paths: Path, subjects: Subjects = _ANY, **limits: Any) -> None:
+    def __init__(
+        self,
+        *paths: Path,
+        subjects: Subjects = _ANY,
+        recorder: Recorder | None = None,
+        **limits: Any,
+    ) -> None:
         bounds = Limits(**(_AMPLE | limits))
         config = Config(threads=1, limits=bounds)
         served = [(model, runtime(model, config)) for model in map(model_file.load, paths)]
@@ -42,6 +49,7 @@ class Driven:
             clock=lambda: self.now,
             wake=self._woken.set,
             subjects=subjects,
+            recorder=recorder,
         )
         self._heard: dict[str, list[Any]] = {}
 
