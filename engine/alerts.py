@@ -9,16 +9,33 @@ further apart than the rule's ``valid_s`` or have lost samples between them, nei
 nearer nor end one.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import msgspec
 
 from engine.messages import Active, ActiveAlerts, Alert, AlertKind, AlertState, Priority
-from engine.rules import Rule, Rules, higher, holds
+from engine.rules import Condition, Rule, Rules, higher, holds
 
 # Measures of what is missing, which a stream that is heard again shows to be over.
 _HEARD = {"gap_s": 0.0, "silence_s": 0.0, "stream_lost": 0.0}
+# Measures of the stream itself, not of what its model sees. Where in a chunk they are told among
+# the others hangs on how the signal was cut, so the subject's time does not go on with them.
+_OF_STREAM = frozenset(
+    {
+        *_HEARD,
+        "drift_ppm",
+        "rate_error_share",
+        "clock_jump_s",
+        "device_lead_off",
+        "device_saturated",
+        "device_paced",
+        "at_limit_share",
+    }
+)
+_JOINED_S = 3.0  # so long a value may be joined with others in a condition of several measures
+_EXACT_S = 1e-6  # differences of times, and their sums, are no more exact than this
 _IDLE = ("inactive", "resolved")
 _TRUE = ("active", "acknowledged", "resolving")  # the condition is not known to be over
 _MAX_LOST_SUBJECTS = 1000  # whose streams are all gone and that still have alerts; then the oldest
@@ -36,11 +53,10 @@ class Moment(NamedTuple):
 class Clock(msgspec.Struct):
     """How far a stream of a subject has been heard."""
 
-    index: int
-    seconds: float
-    decided_at: int
+    at: Moment  # the furthest
     ahead_s: float  # of the subject's time
     quality: float | None = None
+    latest: dict[str, tuple[float, float]] = {}  # value and time, of measures that may be joined
     live: bool = True
     anew: bool = False  # opened again: its time axis may have moved
 
@@ -49,6 +65,7 @@ class Watch(msgspec.Struct):
     """A rule of a subject, while it is not inactive."""
 
     stream: str  # whose measures count
+    at: Moment  # of the last reading
     priority: Priority
     limit: float
     value: float = 0.0
@@ -84,25 +101,27 @@ class Subject:
     def __init__(self, name: str, rules: Rules, memory: Memory) -> None:
         self.name, self.memory = name, memory
         self._rules, self._most = rules.by_name, rules.transitions_per_minute
+        self._joined = rules.joined
         self.told: list[Alert] = []
 
     # --- what is heard -----------------------------------------------------------------------
 
     def hear(self, stream: str, at: Moment, values: Mapping[str, float]) -> None:
         """Take what is known at a moment of a stream; without values only its time goes on."""
-        clock = self._advance(stream, at)
+        clock = self._advance(stream, at, goes_on=not values or not values.keys() <= _OF_STREAM)
         clock.quality = values.get("quality", clock.quality)
+        known = self._join(clock, at.seconds, values)
         watches = self.memory.watches
         if watches:
             self._pass_time()
         for rule in self._rules.values():
-            raised = holds(rule.raised, values)
+            raised = _read(rule.raised, values, known)
             watch = watches.get(rule.name)
             if watch is None:
                 if not raised or self._blocked(stream, rule):
                     continue  # as most often
                 watch = watches[rule.name] = self._watch(stream, rule)
-            cleared = holds(rule.cleared, values)
+            cleared = _read(rule.cleared, values, known)
             if raised is None and cleared is None:
                 continue
             if watch.state in _IDLE:
@@ -112,7 +131,16 @@ class Subject:
             if self._blocked(stream, rule):
                 watch.heard_s = None
                 continue
-            self._judge(rule, watch, clock.seconds, raised, cleared, values)
+            self._judge(rule, watch, at, raised, cleared, known)
+
+    def _join(self, clock: Clock, now_s: float, values: Mapping[str, float]) -> Mapping[str, float]:
+        """Return the values with those of a moment before, for conditions of several measures."""
+        for measure in self._joined & values.keys():
+            clock.latest[measure] = values[measure], now_s
+        if not clock.latest:
+            return values
+        fresh = {m: v for m, (v, at_s) in clock.latest.items() if abs(now_s - at_s) <= _JOINED_S}
+        return {**fresh, **values}
 
     def unheard(self, stream: str) -> None:
         """Note that samples are missing: what comes next does not follow what was before."""
@@ -124,7 +152,7 @@ class Subject:
         self,
         rule: Rule,
         watch: Watch,
-        now_s: float,
+        at: Moment,
         raised: bool | None,
         cleared: bool | None,
         values: Mapping[str, float],
@@ -132,17 +160,19 @@ class Subject:
         """Take one reading of a rule's measures through the states."""
         if raised:
             cleared = False
-        heard_s = now_s - watch.heard_s if watch.heard_s is not None else 0.0
+        heard_s = at.seconds - watch.heard_s if watch.heard_s is not None else 0.0
         if heard_s > rule.valid_s:
             heard_s = 0.0
         awaited = raised if watch.state == "pending" else cleared
-        watch.heard_s = None if awaited is None else now_s
+        watch.heard_s = None if awaited is None else at.seconds
         term = rule.cleared[0] if cleared or raised is None else rule.raised[0]
-        watch.value, watch.limit = values.get(term.measure, watch.value), term.limit
+        value = values.get(term.measure, watch.value)
+        watch.value, watch.limit = value if math.isfinite(value) else watch.value, term.limit
+        watch.at = at
         match watch.state:
             case "pending" if raised:
                 watch.run_s += heard_s
-                if watch.run_s >= rule.for_s:
+                if watch.run_s + _EXACT_S >= rule.for_s:
                     self._go(rule, watch, "active")
             case "pending" if raised is False:
                 self._go(rule, watch, "inactive")
@@ -154,13 +184,12 @@ class Subject:
                 self._go(rule, watch, "active", "still true")
             case "resolving" if cleared:
                 watch.run_s += heard_s
-                if watch.run_s >= rule.clear_for_s:
+                if watch.run_s + _EXACT_S >= rule.clear_for_s:
                     self._go(rule, watch, self._over(rule, watch))
             case "resolving" if cleared is False:
                 self._go(rule, watch, "acknowledged" if watch.acknowledged_by else "active")
             case "inactive" | "resolved" | "latched" if raised:
-                clock = self.memory.streams[watch.stream]
-                watch.onset, watch.onset_s, watch.run_s = clock.index, clock.seconds, 0.0
+                watch.onset, watch.onset_s, watch.run_s = at.sample, at.seconds, 0.0
                 watch.priority, watch.acknowledged_by = rule.priority, ""
                 # What is latched is still to be seen by somebody: it does not go back to pending.
                 delayed = rule.for_s > 0 and watch.state != "latched"
@@ -187,21 +216,21 @@ class Subject:
 
     # --- time --------------------------------------------------------------------------------
 
-    def _advance(self, stream: str, at: Moment) -> Clock:
-        """Move a stream's clock, and the subject's with it; neither goes back."""
+    def _advance(self, stream: str, at: Moment, goes_on: bool) -> Clock:
+        """Return a stream's clock, moved with the subject's if it goes on; neither goes back."""
         memory = self.memory
         clock = memory.streams.get(stream)
         if clock is None:
             if not memory.streams:
                 memory.now_s = at.seconds
                 memory.minute = int(at.seconds // 60)
-            clock = memory.streams[stream] = Clock(*at, at.seconds - memory.now_s)
+            clock = memory.streams[stream] = Clock(at, at.seconds - memory.now_s)
         elif clock.anew:
-            clock.index, clock.seconds, clock.decided_at = at
-            clock.ahead_s, clock.anew = at.seconds - memory.now_s, False
-        elif at.seconds >= clock.seconds:
-            clock.index, clock.seconds, clock.decided_at = at
-        memory.now_s = max(memory.now_s, clock.seconds - clock.ahead_s)
+            clock.at, clock.ahead_s, clock.anew = at, at.seconds - memory.now_s, False
+            clock.latest = {}
+        elif goes_on and at.seconds >= clock.at.seconds:
+            clock.at = at
+        memory.now_s = max(memory.now_s, clock.at.seconds - clock.ahead_s)
         minute = int(memory.now_s // 60)
         if minute != memory.minute:
             memory.minute, memory.told = minute, 0
@@ -314,7 +343,8 @@ class Subject:
         self.memory.merged.clear()
 
     def _watch(self, stream: str, rule: Rule) -> Watch:
-        return Watch(stream, rule.priority, rule.raised[0].limit)
+        at = self.memory.streams[stream].at
+        return Watch(stream, at, rule.priority, rule.raised[0].limit)
 
     def _blocks(self, name: str, watch: Watch) -> tuple[str, ...]:
         on = watch.state in _TRUE and watch.hold != "off"
@@ -366,6 +396,8 @@ class Subject:
         actor: str = "",
     ) -> Alert:
         clock = self.memory.streams[watch.stream]
+        # What the time or somebody did lies where the stream is; the rest where it was read.
+        at = clock.at if reason or actor else watch.at
         return Alert(
             watch.stream,
             name,
@@ -373,9 +405,9 @@ class Subject:
             watch.priority,
             watch.value,
             watch.limit,
-            clock.index,
-            clock.seconds,
-            clock.decided_at,
+            at.sample,
+            at.seconds,
+            at.decided_at,
             subject=self.name,
             from_state=before,
             kind=kind,
@@ -395,6 +427,17 @@ class Subject:
             alert = self._alert(name, "physiological", watch, before, "rule removed")
             self.told.append(alert)
         self.memory.merged = {name: merged[name] for name in merged if name in self._rules}
+
+
+def _read(
+    condition: Condition, values: Mapping[str, float], known: Mapping[str, float]
+) -> bool | None:
+    """Return whether a condition holds; None if it is not known, or nothing was told of it now."""
+    if len(condition) == 1:
+        return holds(condition, values)
+    if not any(term.measure in values for term in condition):
+        return None
+    return holds(condition, known)
 
 
 class Alerts:
@@ -418,7 +461,7 @@ class Alerts:
         one = self._subjects.get(subject)
         if one is None:
             one = self._subjects[subject] = Subject(subject, self.rules, Memory())
-        if one.memory.watches:
+        if values and one.memory.watches:
             values = _HEARD | dict(values)
         one.hear(stream, at, values)
         return self._told(one)
@@ -434,7 +477,7 @@ class Alerts:
             return []
         one = self._subjects[subject]
         clock = one.memory.streams[stream]
-        one.hear(stream, Moment(clock.index, clock.seconds, clock.decided_at), values)
+        one.hear(stream, clock.at, values)
         return self._told(one)
 
     def knows(self, subject: str, stream: str) -> bool:

@@ -1,5 +1,6 @@
 """The command ``murmur``: what each option means; the work is done in the modules it calls."""
 
+import contextlib
 import logging
 import math
 import sys
@@ -29,6 +30,10 @@ models_app.add_typer(build_app, name="build")
 bench_app = typer.Typer(help="Measure the engine on this machine.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
+alerts_app = typer.Typer(
+    help="Alerts: what is active, and what is done about it.", no_args_is_help=True
+)
+app.add_typer(alerts_app, name="alerts")
 evaluate_app = typer.Typer(help="How good the results are.", no_args_is_help=True)
 app.add_typer(evaluate_app, name="evaluate")
 
@@ -192,6 +197,137 @@ def watch(
         return
     except (MurmurError, zmq.ZMQError) as error:
         _fail(error)
+
+
+Subject = Annotated[str, typer.Argument(help="Pseudonym, or name of the stream that has none.")]
+AlertRule = Annotated[str, typer.Argument(help="Name of a rule; default: all of the subject.")]
+By = Annotated[str, typer.Option(help="Who asks; it is written down.")]
+Server = Annotated[str, typer.Option("--address", help="Of the server.")]
+
+
+def _ask_alerts(
+    request: messages.AlertRequest, address: str, timeout: float, as_json: bool
+) -> None:
+    """Ask a server, and print what is active then."""
+    from engine.watch import line
+
+    try:
+        msgspec.convert(msgspec.to_builtins(request), type(request))
+        with Client(address, timeout) as client:
+            subjects = client.ask(request).subjects
+    except (MurmurError, msgspec.ValidationError, zmq.ZMQError) as error:
+        _fail(error)
+    if as_json:
+        count = sum(len(subject.alerts) for subject in subjects)
+        found = {"figure": count, "subjects": subjects}
+        typer.echo(msgspec.json.encode(found).decode())
+    else:
+        typer.echo("\n".join(map(line, subjects)) or "no alert is active")
+
+
+@alerts_app.command("list")
+def alerts_list(
+    subject: Annotated[str, typer.Argument(help="Pseudonym; default: all subjects.")] = "",
+    address: Server = DEFAULT_ADDRESS,
+    timeout: Timeout = 10.0,
+    as_json: Json = False,
+) -> None:
+    """Print the alerts that are active at a server."""
+    _ask_alerts(messages.ListAlerts(subject), address, timeout, as_json)
+
+
+@alerts_app.command("ack")
+def alerts_ack(
+    subject: Subject,
+    rule: AlertRule = "",
+    *,
+    by: By,
+    address: Server = DEFAULT_ADDRESS,
+    timeout: Timeout = 10.0,
+    as_json: Json = False,
+) -> None:
+    """Say that an alert has been seen."""
+    _ask_alerts(messages.Acknowledge(subject, rule, by), address, timeout, as_json)
+
+
+@alerts_app.command("pause")
+def alerts_pause(
+    subject: Subject,
+    rule: AlertRule = "",
+    *,
+    by: By,
+    seconds: Annotated[float, typer.Option(help="Of the stream; at most 86400.")],
+    off: Annotated[
+        bool, typer.Option("--off", help="Forget the alert, and do not look for it meanwhile.")
+    ] = False,
+    address: Server = DEFAULT_ADDRESS,
+    timeout: Timeout = 10.0,
+    as_json: Json = False,
+) -> None:
+    """Tell nothing of an alert for a time; it is followed, and shown as it is at the end."""
+    request = messages.PauseAlerts(subject, rule, seconds, by, off)
+    _ask_alerts(request, address, timeout, as_json)
+
+
+@alerts_app.command("resume")
+def alerts_resume(
+    subject: Subject,
+    rule: AlertRule = "",
+    *,
+    by: By,
+    address: Server = DEFAULT_ADDRESS,
+    timeout: Timeout = 10.0,
+    as_json: Json = False,
+) -> None:
+    """End a pause, or an off, before its time."""
+    _ask_alerts(messages.ResumeAlerts(subject, rule, by), address, timeout, as_json)
+
+
+@alerts_app.command("export")
+def alerts_export(
+    audit_file: Annotated[Path, typer.Argument(metavar="FILE", help="Audit log of a server.")],
+    out: Annotated[
+        Path | None, typer.Option(help="File of JSON lines; default: standard output.")
+    ] = None,
+    subject: Annotated[str, typer.Option(help="Pseudonym; default: all subjects.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Write an audit log as JSON lines, one for each transition of an alert."""
+    from engine import audit
+
+    count = 0
+    try:
+        with out.open("wb") if out else contextlib.nullcontext(sys.stdout.buffer) as file:
+            for line in audit.lines(audit_file, subject):
+                file.write(msgspec.json.encode(line) + b"\n")
+                count += 1
+            file.flush()
+    except (MurmurError, OSError) as error:
+        _fail(error)
+    if as_json:
+        typer.echo(msgspec.json.encode({"figure": count, "lines": count}).decode())
+
+
+@alerts_app.command("rules")
+def alerts_rules(
+    file: Annotated[
+        Path | None, typer.Argument(help="TOML file; default: the rules that come along.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a file of rules and print it."""
+    from engine import rules
+
+    try:
+        found = rules.load(file)
+    except MurmurError as error:
+        _fail(error)
+    if as_json:
+        listed = [rules.written(rule) for rule in found.by_name.values()]
+        typer.echo(msgspec.json.encode({"figure": len(listed), "rules": listed}).decode())
+        return
+    for rule in found.by_name.values():
+        typer.echo(rules.line(rule))
 
 
 SpeechModel = Annotated[

@@ -9,7 +9,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import msgspec
 from msgspec import Meta
@@ -80,6 +80,17 @@ class Rules(NamedTuple):
     by_name: Mapping[str, Rule]  # technical ones first, since they inhibit the others
     transitions_per_minute: int  # of a subject; what goes beyond is merged
 
+    @property
+    def joined(self) -> set[str]:
+        """Return the measures that stand in a condition beside others."""
+        return {
+            term.measure
+            for rule in self.by_name.values()
+            for condition in (rule.raised, rule.cleared)
+            if len(condition) > 1
+            for term in condition
+        }
+
 
 class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A rule as it is written."""
@@ -132,6 +143,28 @@ def parse(text: str) -> Rules:
     rules = [_rule(entry, kinds) for entry in file.rule]
     rules.sort(key=lambda rule: rule.kind != "technical")
     return Rules({rule.name: rule for rule in rules}, file.transitions_per_minute)
+
+
+def written(rule: Rule) -> dict[str, Any]:
+    """Return a rule as plain data, its conditions as they are written."""
+    keys = rule._asdict()
+    return {"raise": spelt(keys.pop("raised")), "clear": spelt(keys.pop("cleared")), **keys}
+
+
+def line(rule: Rule) -> str:
+    """Return a rule in a line for a person."""
+    after = f" for {rule.for_s:g} s" if rule.for_s else ""
+    until = f" for {rule.clear_for_s:g} s" if rule.clear_for_s else ""
+    text = f"{rule.name:36} {rule.priority:6} {rule.kind:13} {spelt(rule.raised)}{after}"
+    text += f"; clear {spelt(rule.cleared)}{until}"
+    if rule.inhibits:
+        text += f"; inhibits {', '.join(rule.inhibits)}"
+    return text
+
+
+def spelt(condition: Condition) -> str:
+    """Return a condition as it is written."""
+    return " and ".join(f"{term.measure} {term.sign} {term.limit:g}" for term in condition)
 
 
 def higher(priority: Priority) -> Priority:

@@ -219,6 +219,18 @@ def test_a_second_condition_must_hold_as_well() -> None:
     assert bed.tell({"x": 0.0}) == OVER
 
 
+def test_conditions_join_what_was_told_a_moment_ago_but_not_what_is_old() -> None:
+    entry = 'raise = "x >= 5 and y > 100"; clear = "x < 1"'
+    bed = Bed(made(entry))
+    bed.tell({"y": 101.0})
+    bed.tell({"z": 1.0})
+    assert bed.tell({"x": 7.0}) == RAISED
+    bed = Bed(made(entry))
+    bed.tell({"y": 101.0})
+    bed.second += 5
+    assert bed.tell({"x": 7.0}) == []
+
+
 def test_a_rule_may_look_downwards() -> None:
     bed = Bed(made('raise = "x < 90"; clear = "x >= 92"'))
     assert bed.x(90, 89.9, 91.9, 92) == [*RAISED, *OVER]
@@ -537,7 +549,8 @@ def test_the_rules_that_come_along_are_those_that_were_asked_for() -> None:
         "ventricular_run_bpm",
     ]
     assert "asystole" in found["lead_off"].inhibits
-    assert "asystole" not in found["flat_line"].inhibits  # that is what it looks like
+    for name in ("flat_line", "poor_signal"):
+        assert "asystole" not in found[name].inhibits  # that is what it looks like
 
 
 @pytest.mark.parametrize(
