@@ -127,12 +127,18 @@ def replay(
         ),
     ] = None,
     stream: StreamName = None,
-    channel: Annotated[
-        str | None,
+    channels: Annotated[
+        list[str] | None,
         typer.Option(
-            "--channel", "--column", help="Name, or number from 0; default: the first or only one."
+            "--channel",
+            "--column",
+            help="Name, or number from 0; again for each further lead. Default: the first or only.",
         ),
     ] = None,
+    subject: Annotated[
+        str | None, typer.Option(help="Pseudonym of whom the recording is of.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Model of what measured it.")] = None,
     rate: Annotated[
         float | None, typer.Option(min=1e-6, help="Hz, of a file that does not say it: CSV.")
     ] = None,
@@ -151,16 +157,18 @@ def replay(
 ) -> None:
     """Play a recording to a running server and print what comes back, with a summary at the end."""
     from engine.dictation import UNIT
-    from engine.recordings import read
-    from engine.replay import play, stream_name
+    from engine.recordings import read, together
+    from engine.replay import play, request
 
     try:
-        played = read(record, channel, rate, unit)
+        wanted: list[str | None] = [*channels] if channels else [None]
+        played = together([read(record, each, rate, unit) for each in wanted])
         if seconds is not None:
             played = played._replace(samples=played.samples[: round(seconds * played.rate_hz)])
         model = model or ("english" if played.unit == UNIT else "heart")
         with Client(address, timeout) as client:
-            one = client.open(stream or stream_name(played), model, played.rate_hz, played.unit)
+            made_by = messages.Device(model=device) if device else None
+            one = client.open(**request(played, model, stream, subject=subject, device=made_by))
             summary = play(client, one, played, _teller(as_json), speed, chunk_ms / 1000)
     except (MurmurError, zmq.ZMQError) as error:
         _fail(error)

