@@ -10,13 +10,14 @@ import msgspec
 import pytest
 
 from engine import messages as m
-from engine import model_file
+from engine import model_file, rules
 from engine.config import Limits
 from engine.model_file import ModelSpec
 from tests.drive import Driven
 
 ROOT = Path(__file__).parent.parent
 PROTOCOL = (ROOT / "docs" / "protocol.md").read_text()
+ALERTS = (ROOT / "docs" / "alerts.md").read_text()
 MODEL_FILE = (ROOT / "docs" / "model-file.md").read_text()
 KINDS = {*get_args(m.Request), *get_args(m.Reply)}
 
@@ -109,6 +110,29 @@ def test_every_key_of_a_model_file_is_documented_with_its_default(
             assert told == ""
         else:
             assert ast.literal_eval(told) == field.default
+
+
+def test_every_key_of_a_rule_is_documented_with_its_default() -> None:
+    keys = [row for row in rows(section(ALERTS, "The file")) if len(row) == 3 and row[1] != ""]
+    told = {row[0].strip("`"): row[1].strip('`"') for row in keys}
+    for field in msgspec.structs.fields(rules._Entry):
+        if field.required:
+            assert f"| `{field.encode_name}` | |" in ALERTS
+        elif field.default in ((), None):
+            assert told[field.name] == "none"
+        elif isinstance(field.default, str):
+            assert told[field.name] == field.default
+        else:
+            assert float(told[field.name]) == field.default
+
+
+def test_the_rules_that_come_along_are_documented_and_no_other() -> None:
+    table = ALERTS[ALERTS.index("| rule | raise | priority |") :]
+    told = {row[0].strip("`"): (row[1].strip("`"), row[2]) for row in rows(table)}
+    assert told == {
+        rule.name: (rules.spelt(rule.raised), rule.priority)
+        for rule in rules.load().by_name.values()
+    }
 
 
 def test_the_example_of_a_foreign_model_is_the_file_that_is_served() -> None:
