@@ -160,6 +160,12 @@ def test_a_high_alert_stays_until_somebody_has_seen_it() -> None:
     assert bed.told[-1].onset == 100 * bed.second  # an episode of its own
 
 
+def test_what_is_latched_needs_no_delay_to_be_active_again() -> None:
+    bed = Bed(made('priority = "high"; for_s = 2'))
+    bed.x(10, 10, 10, 4)
+    assert bed.x(10) == [("latched", "active")]
+
+
 def test_latching_is_what_the_rule_says() -> None:
     assert Bed(made('priority = "high"; latching = false')).x(10, 4) == [*RAISED, *OVER]
     assert Bed(made('priority = "low"; latching = true')).x(10, 4)[1] == ("active", "latched")
@@ -231,6 +237,23 @@ def test_conditions_join_what_was_told_a_moment_ago_but_not_what_is_old() -> Non
     assert bed.tell({"x": 7.0}) == []
 
 
+def test_time_in_which_a_part_of_the_condition_was_not_known_counts_for_nothing() -> None:
+    bed = Bed(made('raise = "x >= 5 and y > 100"; clear = "x < 1"; for_s = 2; valid_s = 60'))
+    assert bed.tell({"x": 7.0, "y": 101.0}) == [("inactive", "pending")]
+    bed.second += 5
+    assert bed.tell({"x": 7.0}) == []
+    assert bed.tell({"x": 7.0, "y": 101.0}) == []
+    assert bed.tell({"x": 7.0, "y": 101.0}) == []
+    assert bed.tell({"x": 7.0, "y": 101.0}) == [("pending", "active")]
+
+
+def test_what_is_still_raised_is_not_over_whatever_else_says_so() -> None:
+    bed = Bed(made('clear = "y < 5"'))
+    assert bed.tell({"x": 10.0, "y": 0.0}) == RAISED
+    assert bed.tell({"x": 10.0, "y": 0.0}) == []
+    assert bed.tell({"y": 0.0}) == OVER
+
+
 def test_a_rule_may_look_downwards() -> None:
     bed = Bed(made('raise = "x < 90"; clear = "x >= 92"'))
     assert bed.x(90, 89.9, 91.9, 92) == [*RAISED, *OVER]
@@ -261,6 +284,15 @@ def test_what_is_inhibited_is_not_raised_even_by_the_same_measures() -> None:
     assert bed.told[0].rule == "lead_off"
     assert bed.tell({"x": 10.0, "off": 1.0}) == []
     assert bed.tell({"x": 10.0, "off": 0.0}) == [*OVER, *RAISED]
+
+
+def test_time_in_which_a_rule_was_inhibited_counts_for_nothing() -> None:
+    bed = Bed(made("for_s = 3", TECHNICAL + '; inhibits = ["r"]'))
+    bed.x(10)
+    bed.tell({"x": 10.0, "off": 1.0})
+    assert bed.tell({"x": 10.0, "off": 0.0}) == OVER
+    assert bed.x(10, 10) == []
+    assert bed.x(10) == [("pending", "active")]
 
 
 def test_a_stream_inhibits_only_itself() -> None:
@@ -298,6 +330,26 @@ def test_a_pause_hides_no_alert_for_good() -> None:
     assert bed.take(bed.alerts.pause("p-1", "", 3.0, "me")) == [("inactive", "paused")] * 2
     assert bed.x(10, 10) == []
     assert bed.x(10) == [("paused", "active")] * 2
+
+
+def test_a_pause_ends_though_the_time_of_the_stream_began_anew() -> None:
+    bed = Bed(made(""))
+    bed.second = 100
+    bed.x(10)
+    bed.take(bed.alerts.pause("p-1", "r", 3.0, "me"))
+    bed.alerts.lost("p-1", "s", tell=False)
+    bed.alerts.opened("p-1", "s", moment(0))
+    bed.second = 0
+    assert bed.x(10, 10, 10) == []
+    assert bed.x(10) == [("paused", "active")]
+
+
+def test_what_the_session_says_of_the_stream_does_not_move_the_time() -> None:
+    bed = Bed(made("escalate_s = 5"))
+    bed.x(10)
+    assert bed.alerts.update("p-1", "s", moment(60), {"drift_ppm": 1.0}) == []
+    assert bed.x(10, 10, 10, 10) == []
+    assert bed.x(10) == [("active", "active")]
 
 
 def test_what_is_off_is_not_looked_at_and_comes_back() -> None:
