@@ -191,6 +191,16 @@ def watch(
     count: Annotated[
         float, typer.Option(min=0, help="How many results; default: until Ctrl-C.")
     ] = math.inf,
+    fhir: Annotated[
+        str | None,
+        typer.Option(help="R4B or R5: print FHIR resources of measures and alerts, one a line."),
+    ] = None,
+    subject: Annotated[
+        str | None, typer.Option(help="With --fhir: pseudonym of whom all observations are of.")
+    ] = None,
+    every: Annotated[
+        float, typer.Option(min=0, help="With --fhir: seconds between observations of a kind.")
+    ] = 60.0,
     timeout: Timeout = 10.0,
     as_json: JsonLines = False,
 ) -> None:
@@ -198,13 +208,29 @@ def watch(
     from engine import watch as watching
 
     try:
+        tell = _teller(as_json) if fhir is None else _fhir_teller(fhir, subject, every)
         with watching.Subscription(address, stream, timeout) as subscription:
             typer.echo(f"watching {address}", err=True)
-            watching.watch(subscription, _teller(as_json), seconds, count)
+            watching.watch(subscription, tell, seconds, count)
     except KeyboardInterrupt:
         return
     except (MurmurError, zmq.ZMQError) as error:
         _fail(error)
+
+
+def _fhir_teller(release: str, subject: str | None, every_s: float) -> Callable[[Message], None]:
+    """Return what prints the FHIR resources of a message, one a line."""
+    from engine.fhir import Export
+
+    if release not in ("R4B", "R5"):
+        raise typer.BadParameter(f"--fhir: expected R4B or R5, found {release!r}")
+    export = Export("R4B" if release == "R4B" else "R5", subject, every_s)
+
+    def tell(message: Message) -> None:
+        for resource in export.resources(message):
+            _echo_line(resource)
+
+    return tell
 
 
 Subject = Annotated[str, typer.Argument(help="Pseudonym, or name of the stream that has none.")]

@@ -105,9 +105,7 @@ def together(leads: Sequence[Recording]) -> Recording:
 
 def stretches(samples: NDArray[np.float32]) -> Iterator[tuple[int, int]]:
     """Yield where samples of all channels are there, as (start, end) of each unbroken stretch."""
-    finite = np.isfinite(samples)
-    if samples.ndim == 2:
-        finite = finite.all(axis=1)
+    finite = np.all(np.isfinite(samples), axis=tuple(range(1, samples.ndim)))
     there = np.concatenate([[False], finite, [False]])
     edges = np.flatnonzero(there[1:] != there[:-1]).tolist()
     yield from zip(edges[::2], edges[1::2], strict=True)
