@@ -141,10 +141,9 @@ class Lane:
             At most what the runtime takes at once.
         """
         start = self._position[slots]
-        windows = self.front.push(slots, self._take(slots, hops))
-        outputs = self.runtime.step(slots, windows)
+        samples = self._take(slots, hops)
+        outputs = self.runtime.step(slots, self.front.push(slots, samples))
         sessions = [self.sessions[slot] for slot in slots.tolist()]
-        samples = windows[:, -hops * self.hop :]
         rows = Rows(slots, hops, start, self._begin[slots], self._end[slots], sessions, samples)
         told = [Told(sessions[row], message) for row, message in self.wing.push(rows, outputs)]
         due = (self._mark[slots] <= self._position[slots]) | self._held[slots]

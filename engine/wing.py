@@ -39,7 +39,7 @@ class Rows(NamedTuple):
     begin: NDArray[np.int64]  # where the stream began anew: no result lies before
     end: NDArray[np.int64]  # where a flush's padding begins: no result lies there or later
     streams: Sequence[Timeline]
-    samples: NDArray[np.float32]  # (rows, hops * hop, channels), the new ones
+    samples: NDArray[np.float32]  # (rows, hops * hop, channels), the new ones, not filtered
 
 
 class Wing(Protocol):

@@ -26,6 +26,7 @@ class Beat(NamedTuple):
     label: str
     probability: float
     decided_at: int  # the samples before this position sufficed to decide
+    rhythm: tuple[float, ...] = ()  # probability of each rhythm so far, where a model tells it
 
 
 class BeatFinder:
@@ -52,6 +53,19 @@ class BeatFinder:
     def reset(self, slot: int) -> None:
         self.height[slot] = 0.0
         self.last[slot] = -(2**62)
+
+    def take(self, slot: int) -> tuple[float, int, int, int]:
+        """Return all that a row carries, to be put back here or elsewhere."""
+        height, place = float(self.height[slot]), int(self.place[slot])
+        return height, place, int(self.label[slot]), int(self.last[slot])
+
+    def put(self, slot: int, carried: tuple[float, int, int, int]) -> None:
+        self.height[slot], self.place[slot], self.label[slot], self.last[slot] = carried
+
+    def lag(self, outputs: Mapping[str, NDArray[np.float32]], hops: int = 1) -> int:
+        """Return how many samples after a position suffice to know of each beat up to there."""
+        stride = hops * self._hop // int(outputs[self._beat].shape[1])
+        return self._look_ahead + (-(-self._refractory // stride) + 1) * stride
 
     def push(
         self,
