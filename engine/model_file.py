@@ -86,7 +86,7 @@ class Output(_Statement, frozen=True):
     """One output of the last stage, and what it means."""
 
     name: str
-    meaning: Literal["beat", "beat_class", "ctc", "scores", "samples"]
+    meaning: Literal["beat", "beat_class", "rhythm", "ctc", "scores", "samples"]
     labels: tuple[str, ...] = ()  # of the last axis; of ctc, the blank "" comes first
 
 
@@ -110,6 +110,20 @@ class Decoding(_Statement, frozen=True):
     second_pass: str = ""  # folder beside the statement; empty: finals are what partials end as
 
 
+class Beats(_Statement, frozen=True):
+    """A model that steps once a beat and names it, behind one that finds beats.
+
+    Its input is the signal around the beat, lead by lead, and then the seconds since the beat
+    before, 0 where that is not known. Its own rate is that of the points.
+    """
+
+    model: str  # a model file, beside this one or bundled
+    leads: Count
+    points: Count  # of a window, in each lead
+    before: Count  # of them, points before the beat
+    factor: Count  # samples of the finder's rate of which a point is the mean
+
+
 class ModelSpec(_Statement, frozen=True):
     """All that the engine must know about a model."""
 
@@ -129,6 +143,7 @@ class ModelSpec(_Statement, frozen=True):
     priority: Annotated[int, Meta(ge=0, le=9)] = 5  # under overload, lower goes first
     gate: Gate | None = None  # of the pipeline speech only
     decoding: Decoding = Decoding()  # of the pipeline speech
+    beats: Beats | None = None  # of the pipeline heart
 
     @property
     def states(self) -> tuple[State, ...]:
@@ -157,6 +172,7 @@ class Model(NamedTuple):
     batchable: bool  # False: some graph fixes the batch axis at 1
     folder: Path = BUNDLED  # of the statement, beside which its other files lie
     gate: "Model | None" = None
+    beats: "Model | None" = None
 
 
 def encode_spec(spec: ModelSpec) -> str:
@@ -187,9 +203,12 @@ def load(path: Path | str, provider: str = "cpu") -> Model:
     path = find(path)
     try:
         model = _read(path, provider)
-        if model.spec.gate is None:
-            return model
-        return model._replace(gate=_load_gate(model.spec, model.spec.gate, path.parent, provider))
+        if model.spec.gate is not None:
+            gate = _load_gate(model.spec, model.spec.gate, path.parent, provider)
+            model = model._replace(gate=gate)
+        if model.spec.beats is not None:
+            model = model._replace(beats=_load_beats(model.spec, model.spec.beats, path.parent))
+        return model
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from None
 
@@ -214,6 +233,36 @@ def _load_gate(spec: ModelSpec, gate: Gate, folder: Path, provider: str) -> Mode
         raise ModelFileError(
             f"gate.model: expected windows that overlap by at most {most} samples, found {overlap}"
         )
+    return model
+
+
+def _load_beats(spec: ModelSpec, cut: Beats, folder: Path) -> Model:
+    """Read the model that names beats; it steps on the CPU, a few rows a call."""
+    beside = folder / cut.model
+    model = _read(beside if beside.is_file() else find(cut.model), "cpu")
+    named = model.spec
+    values = cut.leads * cut.points + 1
+    if named.window_samples != values or named.hop_samples != values or named.input.channels != 1:
+        raise ModelFileError(
+            f"beats.model: expected a hop and window of {values} values (leads * points + 1) of "
+            f"one channel, found {named.hop_samples}, {named.window_samples} and "
+            f"{named.input.channels}"
+        )
+    if cut.before >= cut.points:
+        raise ModelFileError(
+            f"beats.before: expected less than points ({cut.points}), found {cut.before}"
+        )
+    if cut.leads != spec.input.channels:
+        raise ModelFileError(
+            f"beats.leads: expected input.channels ({spec.input.channels}), found {cut.leads}"
+        )
+    if named.input.rate_hz * cut.factor != spec.input.rate_hz:
+        raise ModelFileError(
+            f"beats.factor: expected {spec.input.rate_hz:g} Hz over the model's "
+            f"{named.input.rate_hz:g} Hz, found {cut.factor}"
+        )
+    if "beat_class" not in [output.meaning for output in named.outputs]:
+        raise ModelFileError("beats.model: expected an output that means 'beat_class'")
     return model
 
 
@@ -459,6 +508,8 @@ def _check_statement(spec: ModelSpec) -> None:
         _check_speech(spec)
     elif spec.gate is not None:
         raise ModelFileError(f"gate: expected the pipeline 'speech', found {spec.pipeline!r}")
+    if spec.pipeline != "heart" and spec.beats is not None:
+        raise ModelFileError(f"beats: expected the pipeline 'heart', found {spec.pipeline!r}")
     for output in spec.outputs:
         if output.meaning == "ctc" and (len(output.labels) < 2 or output.labels[0]):
             raise ModelFileError(
@@ -577,7 +628,7 @@ def _check_outputs(spec: ModelSpec, sessions: tuple[ort.InferenceSession, ...]) 
             )
         row = found[output.name][1:]  # empty if the graph leaves the shape unsaid
         last = row[-1] if row else None
-        if output.meaning == "beat_class" and not output.labels:
+        if output.meaning in ("beat_class", "rhythm") and not output.labels:
             raise ModelFileError(f"output {output.name}: expected labels, found none")
         if output.labels and isinstance(last, int) and last != len(output.labels):
             raise ModelFileError(

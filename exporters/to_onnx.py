@@ -29,7 +29,12 @@ _GATE_ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
 
 
 def export(
-    net: nn.Module, spec: ModelSpec, path: Path | str, tolerance: float = parity.TOLERANCE
+    net: nn.Module,
+    spec: ModelSpec,
+    path: Path | str,
+    tolerance: float = parity.TOLERANCE,
+    *,
+    hop_by_hop: bool = False,
 ) -> None:
     """Write a network and its statement to one file, if both are right.
 
@@ -45,6 +50,8 @@ def export(
     tolerance : float
         Greatest difference from torch; more than is usual only for a network whose own float32
         is as far from its float64.
+    hop_by_hop : bool
+        The graph takes one hop a call: for a network that walks through hops in Python.
 
     Raises
     ------
@@ -53,11 +60,11 @@ def export(
     """
     _check_spec(spec)
     net = copy.deepcopy(net).cpu().eval()
-    model = to_graph(net, spec)
+    model = to_graph(net, spec, hop_by_hop)
     entry = model.metadata_props.add()
     entry.key, entry.value = METADATA_KEY, encode_spec(spec)
     graph = model.SerializeToString()
-    parity.check(net, spec, graph, tolerance)
+    parity.check(net, spec, graph, tolerance, hop_by_hop)
     Path(path).write_bytes(graph)
 
 
@@ -66,8 +73,8 @@ def states_of(net: StreamingNet) -> tuple[State, ...]:
     return tuple(State(name, f"{name}_next", shape) for name, shape in net.state_shapes.items())
 
 
-def to_graph(net: nn.Module, spec: ModelSpec) -> ModelProto:
-    """Return the unchecked ONNX graph; batch and time are free.
+def to_graph(net: nn.Module, spec: ModelSpec, hop_by_hop: bool = False) -> ModelProto:
+    """Return the unchecked ONNX graph; batch and time are free, hop by hop the batch alone.
 
     Raises
     ------
@@ -78,6 +85,7 @@ def to_graph(net: nn.Module, spec: ModelSpec) -> ModelProto:
     # Distinct random tensors: with samples that alias, torch.export wires h and c to one input.
     rows = (stage.input_shape, *(state.shape for state in stage.states))
     samples = tuple(torch.randn(2, *row) for row in rows)
+    free = {0: "batch"} if hop_by_hop else {0: "batch", 1: "time"}
     with _quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
@@ -88,7 +96,7 @@ def to_graph(net: nn.Module, spec: ModelSpec) -> ModelProto:
                     *(output.name for output in spec.outputs),
                     *(state.output for state in stage.states),
                 ],
-                dynamic_shapes=(({0: "batch", 1: "time"}, *[{0: "batch"}] * len(stage.states)),),
+                dynamic_shapes=((free, *[{0: "batch"}] * len(stage.states)),),
                 dynamo=True,
                 verbose=False,
             )

@@ -93,6 +93,7 @@ def test_every_limit_is_documented_with_its_default() -> None:
         ("`outputs[]`", model_file.Output),
         ("`gate`", model_file.Gate),
         ("`decoding`", model_file.Decoding),
+        ("`beats`", model_file.Beats),
     ],
 )
 def test_every_key_of_a_model_file_is_documented_with_its_default(
