@@ -20,13 +20,13 @@ from engine.alerts import Alerts, Moment
 from engine.audit import Audit
 from engine.config import Limits, Subjects
 from engine.errors import ConfigError, Refused
-from engine.heart.wing import HeartWing
+from engine.heart.wing import HeartWing, Naming
 from engine.lane import Lane
 from engine.messages import Message
 from engine.metrics import Metrics
 from engine.model_file import Model
 from engine.recorder import RECORDED, Recorder, Signal
-from engine.runtime import Runtime
+from engine.runtime import CpuRuntime, Runtime
 from engine.scheduler import Batch, Scheduler, Terms
 from engine.session import Session
 from engine.speech.wing import SpeechWing
@@ -36,9 +36,18 @@ log = logging.getLogger(__name__)
 
 SERVER = "murmur 0.1"
 Waker = Callable[[], None]
+
+
+def _heart(model: Model, rows: int, _: Waker) -> HeartWing:
+    naming = None
+    if model.beats is not None:
+        naming = Naming(model.beats.spec, CpuRuntime(model.beats, rows))
+    return HeartWing(model.spec, rows, naming)
+
+
 # From a model, its rows, and what to call from another thread when there are results to collect.
 WINGS: dict[str, Callable[[Model, int, Waker], Wing]] = {
-    "heart": lambda model, rows, _: HeartWing(model.spec, rows),
+    "heart": _heart,
     "speech": SpeechWing,
     "scores": lambda model, rows, _: ScoresWing(model.spec, rows),
     "audio": lambda model, rows, _: AudioWing(model.spec, rows),

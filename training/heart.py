@@ -30,6 +30,7 @@ from engine.model_file import Filter, Input, ModelSpec, Output, Stage
 from exporters.net import Conv, Head, NetConfig, StreamingNet
 from exporters.to_onnx import export, states_of
 from training import data, evaluate
+from training.beats import CUT
 from training.lanes import HeartData, Lanes, Whole, Window, whole
 
 HOP = 60  # samples; 1/6 s, 15 frames
@@ -69,6 +70,7 @@ def statement(net: StreamingNet, provenance: str) -> ModelSpec:
         gap="reset",
         latency_ms=100.0,
         priority=0,
+        beats=CUT,
     )
 
 

@@ -70,7 +70,7 @@ class BeatClassifier:
         self._labels = by_meaning["beat_class"].labels
         rhythm = by_meaning.get("rhythm")
         self._rhythm = rhythm.name if rhythm else ""
-        self.rhythms: tuple[str, ...] = rhythm.labels if rhythm else ()
+        self._rhythms = [f"rhythm_{label}" for label in rhythm.labels] if rhythm else []
         self._rate_hz = spec.input.rate_hz * cut.factor
         self._before = cut.before * cut.factor
         self.after = (cut.points - cut.before) * cut.factor
@@ -106,6 +106,10 @@ class BeatClassifier:
         self.kept[slot], self.fresh[slot] = carried.kept, carried.fresh
         self.last[slot] = carried.last
         self._waiting[slot] = deque(carried.waiting)
+
+    def rhythm(self, beat: Beat) -> dict[str, float]:
+        """Return the measures of the rhythm that a beat was heard in, its probabilities."""
+        return dict(zip(self._rhythms, beat.rhythm, strict=True))
 
     def push(
         self,

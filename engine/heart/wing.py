@@ -13,8 +13,9 @@ import msgspec
 import numpy as np
 
 from engine import messages
-from engine.heart import seconds
+from engine.heart import classes, seconds
 from engine.heart.beats import REFRACTORY_S, Beat, BeatFinder
+from engine.heart.classes import BeatClassifier, Stepper
 from engine.heart.fibrillation import Fibrillation
 from engine.heart.quality import Quality
 from engine.heart.rhythm import Rhythm
@@ -38,15 +39,40 @@ class Carried(NamedTuple):
     fibrillation: list[bool]
     rhythm: Any
     cut: bool
+    named: classes.Carried | None
+    heard: dict[str, float]
+
+
+class Naming(NamedTuple):
+    """The model that steps once a beat, and what runs it."""
+
+    spec: ModelSpec
+    stepper: Stepper
 
 
 class HeartWing(PromptWing):
-    """Beats, rhythm and signal quality of all streams of a heart model."""
+    """Beats, rhythm and signal quality of all streams of a heart model.
 
-    def __init__(self, spec: ModelSpec, num_slots: int) -> None:
+    Parameters
+    ----------
+    spec : ModelSpec
+    num_slots : int
+    naming : Naming, optional
+        Without it, a beat's class is the one that the model of `spec` gives it.
+    """
+
+    def __init__(self, spec: ModelSpec, num_slots: int, naming: Naming | None = None) -> None:
         self._rate_hz, channels = spec.input.rate_hz, spec.input.channels
         self.delay = spec.look_ahead_samples + round(REFRACTORY_S * self._rate_hz)
         self.finder = BeatFinder(spec, num_slots)
+        self.classifier: BeatClassifier | None = None
+        if naming is not None and spec.beats is not None:
+            found_after = self.delay + spec.hop_samples
+            self.classifier = BeatClassifier(
+                naming.spec, spec.beats, naming.stepper, num_slots, found_after
+            )
+            self.delay = max(self.delay, self.classifier.after)
+        self._heard: dict[int, dict[str, float]] = {}  # the rhythm that the last beat told
         self.seconds = Seconds(self._rate_hz, channels, num_slots)
         self.quality = Quality(self._rate_hz, channels)
         self.fibrillation = Fibrillation(self.seconds.slow_hz)
@@ -58,12 +84,17 @@ class HeartWing(PromptWing):
         self.finder.reset(slot)
         self._reset_signal(slot)
         self._rhythm[slot] = Rhythm(self._rate_hz)
+        self._heard[slot] = {}
+        if self.classifier is not None:
+            self.classifier.reset(slot)
 
     def gap(self, slot: int, state: Gapped) -> None:
         """Join nothing over lost samples."""
         if state == "reset":
             self.finder.reset(slot)
         self._reset_signal(slot)
+        if self.classifier is not None:
+            self.classifier.gap(slot)
 
     def _reset_signal(self, slot: int) -> None:
         self.seconds.reset(slot)
@@ -80,6 +111,8 @@ class HeartWing(PromptWing):
             self.fibrillation.take(slot),
             msgspec.to_builtins(self._rhythm[slot]),
             bool(self._cut[slot]),
+            None if self.classifier is None else self.classifier.take(slot),
+            self._heard[slot],
         )
 
     def put(self, slot: int, carried: Carried) -> None:
@@ -89,6 +122,9 @@ class HeartWing(PromptWing):
         self.fibrillation.put(slot, carried.fibrillation)
         self._rhythm[slot] = msgspec.convert(carried.rhythm, Rhythm)
         self._cut[slot] = carried.cut
+        if self.classifier is not None and carried.named is not None:
+            self.classifier.put(slot, carried.named)
+        self._heard[slot] = carried.heard
         self._await(slot)
 
     def push(self, rows: Rows, outputs: Outputs) -> list[tuple[int, Message]]:
@@ -99,6 +135,8 @@ class HeartWing(PromptWing):
             self._cut[slot] = False
             self._await(slot)
         lag = self.finder.lag(outputs, rows.hops)
+        if self.classifier is not None:
+            lag = max(lag, self.classifier.after)
         until = rows.start + rows.samples.shape[1]
         events = self._events(rows, outputs)
         for row in np.flatnonzero(self._due[rows.slots] + lag <= until).tolist():
@@ -112,9 +150,15 @@ class HeartWing(PromptWing):
     def _events(self, rows: Rows, outputs: Outputs) -> dict[int, list[Event]]:
         """Return the beats that a step decided and the seconds that it ended, by row."""
         events: dict[int, list[Event]] = {}
-        for row, beat in self.finder.push(rows.slots, outputs, rows.start, rows.hops):
-            if rows.begin[row] <= beat.position < rows.end[row]:
-                events.setdefault(row, []).append((beat.decided_at, 0, beat))
+        found = [
+            (row, beat)
+            for row, beat in self.finder.push(rows.slots, outputs, rows.start, rows.hops)
+            if rows.begin[row] <= beat.position < rows.end[row]
+        ]
+        if self.classifier is not None:
+            found = self.classifier.push(rows.slots, rows.start, rows.samples, found)
+        for row, beat in found:
+            events.setdefault(row, []).append((beat.decided_at, 0, beat))
         for ended in self.seconds.push(rows.slots, rows.start, rows.samples):
             unrest = restless(ended.latest)
             judged = self.quality.push(ended, unrest)
@@ -139,8 +183,10 @@ class HeartWing(PromptWing):
             told += _pauses(rhythm, stream, known - lag, lag, end)
             if isinstance(what, Beat):
                 told += _beat(rhythm, stream, what)
+                if self.classifier is not None:
+                    self._heard[slot] = self.classifier.rhythm(what)
             else:
-                values = what | rhythm.measures(known - lag)
+                values = what | rhythm.measures(known - lag) | self._heard[slot]
                 told.append(_measures(stream, known, known, values))
         told += _pauses(rhythm, stream, until - lag + 1, lag, end)
         self._await(slot)
