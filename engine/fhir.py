@@ -57,7 +57,7 @@ _CODES = {
 }
 _SEVERITIES = {"high": "high", "medium": "moderate", "low": "low"}
 # Transitions that somebody would want to read about elsewhere.
-_TOLD = frozenset({"active", "acknowledged", "latched", "resolved"})
+_TOLD = frozenset({"active", "acknowledged", "latched", "resolved"})  # or what follows on them
 
 
 class Export:
@@ -111,7 +111,7 @@ class Export:
                     for name, value in message.values.items()
                     if name in _CODES and self._due(message, name)
                 ]
-            case Alert() if message.state in _TOLD:
+            case Alert() if message.state in _TOLD or message.from_state in _TOLD:
                 return [self._json(self._issue, self._detected(message))]
             case _:
                 return []

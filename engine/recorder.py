@@ -344,7 +344,8 @@ class Recorder:
         ]
         if opened.device is not None:
             made = opened.device
-            comments.insert(2, f"device {made.make} {made.model} {made.serial}")
+            said = " ".join(filter(None, (made.make, made.model, made.serial)))
+            comments.insert(2, f"device {said}")
         name = f"{stem}_{number}"
         return Record(self._folder, name, opened, stream.signal, first, comments)
 
@@ -378,11 +379,17 @@ def _notes(message: Message) -> list[tuple[int, Note]]:
             rhythm = _RHYTHMS.get(message.rule)
             if rhythm is not None and message.state == "active":
                 told.append((message.index, Note(_RHYTHM, rhythm)))
-            elif rhythm is not None and message.state == "resolved":
+            elif rhythm is not None and _is_over(message):
                 told.append((message.index, Note(_RHYTHM, _RHYTHM_OVER)))
             return told
         case _:
             return []
+
+
+def _is_over(alert: Alert) -> bool:
+    """Return whether what had been active is not any more."""
+    over = ("resolved", "inactive")
+    return alert.state in over and alert.from_state not in (*over, "pending")
 
 
 def _annotation(interval: int, note: Note) -> bytes:

@@ -516,7 +516,7 @@ class _Watch:
             self._clock = Clock(self._rate_hz, leaps=self._source != "arrived")
             self._due = min(self._due, chunk.index + self._second)
         if self._clock is not None and point is not None and point[0] == self._source:
-            self._leap_s += self._clock.add(*point[1:])
+            self._leap_s += abs(self._clock.add(*point[1:]))
 
     def _point(
         self, chunk: Chunk, end: int, arrived: float | None

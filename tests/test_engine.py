@@ -489,6 +489,23 @@ def test_what_is_told_of_a_stream_comes_before_the_ack_of_its_chunk(tiny_path: P
     assert [each.index for each in driven.told("a", m.Measures)] == [100, 200, 300, 400]
 
 
+@pytest.mark.parametrize(("rate_hz", "rule"), [(100.0, None), (98.5, "rate_wrong"), (0, "jump")])
+def test_a_rate_that_is_off_and_a_clock_that_jumps_are_technical_alerts(
+    heart_path: Path, rate_hz: float, rule: str | None
+) -> None:
+    """Half a minute of a device, whose clock says an hour more after ten seconds (rate 0)."""
+    driven = Driven(heart_path, credit_s=60.0)
+    driven.open("a", "s", "tinyheart", clock="device")
+    for seq in range(60):
+        (one,) = chunks("s", noise(50, seq), (), seq, 50 * seq)
+        time_s = 50 * seq / rate_hz if rate_hz else 0.5 * seq + 3600.0 * (seq > 20)
+        driven.say("a", msgspec.structs.replace(one, t_device=time_s))
+        driven.run()
+    active = {one.rule for one in driven.told("a", m.Alert) if one.state == "active"}
+    assert ("rate_wrong" in active) == (rule == "rate_wrong")
+    assert ("clock_jump" in active) == (rule == "jump")
+
+
 def test_filters_begin_anew_behind_a_gap_although_the_state_is_held(models: Models) -> None:
     """Silence at another level behind the gap: carried filters would ring for a second."""
     filters = (model_file.Filter("highpass", (0.5,)),)

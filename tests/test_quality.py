@@ -8,9 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from engine import messages as m
+from engine import model_file
 from engine.heart.fibrillation import Fibrillation, leakage, looks_like_it
 from engine.heart.quality import BAD, GOOD, POOR, Quality
 from engine.heart.seconds import LATEST, Seconds, restless
+from tests.drive import Driven, chunks
 
 RATE = 360
 MITDB = Path(__file__).parents[2] / "shared" / "data" / "ecg" / "mitdb"
@@ -141,12 +144,26 @@ def test_a_second_that_moves_by_a_few_microvolts_is_a_flat_line_at_once() -> Non
         "flat_line": 1,
         "lead_off": 0,
         "saturated": 0,
+        "implausible_amplitude": 0,
         "quality": BAD,
     }
     t = np.arange(5 * RATE) / RATE
     small = np.sin(2 * np.pi * 7 * t).astype(np.float32)
     assert last(0.009 * small)["flat_line"] == 1
     assert last(0.011 * small)["flat_line"] == 0
+
+
+def test_microvolts_that_are_called_millivolts_are_implausible_at_once_and_a_pulse_is_not(
+    rng: np.random.Generator,
+) -> None:
+    good = ecg(5, rng)
+    paced = good.copy()
+    paced[100::RATE] += 700.0  # the largest pulse that IEC 60601-2-27 tests with
+    assert told(1000 * good)[0][1]["implausible_amplitude"] == 1
+    assert last(1000 * good)["quality"] == BAD
+    assert last(good)["implausible_amplitude"] == last(paced)["implausible_amplitude"] == 0
+    both = np.stack([1000 * good, good], axis=1)
+    assert last(both)["implausible_amplitude"] == 0  # the other lead suffices
 
 
 def test_a_flat_line_far_from_where_the_lead_was_is_a_lead_off_and_one_near_it_is_not(
@@ -292,3 +309,21 @@ def test_flutter_of_record_207_is_found_and_none_in_others() -> None:
     assert max(found[120:]) == 0.0
     for name in ("106", "203", "223"):  # bigeminy; fibrillation of the atria; ventricular runs
         assert max(share or 0.0 for _, _, share in told(lead(name, 600, 900))) < 0.5
+
+
+def test_a_stream_in_the_wrong_unit_ends_in_an_alert_that_says_so(
+    rng: np.random.Generator,
+) -> None:
+    alerts = {}
+    for unit in ("uV", "mV"):
+        driven = Driven(model_file.find("heart"), credit_s=60.0)
+        driven.open("a", "s", "heart", rate_hz=float(RATE), unit=unit)
+        driven.say("a", *chunks("s", 1000 * ecg(12, rng), range(360, 12 * RATE, 360)))
+        driven.run()
+        told = driven.told("a", m.Alert)
+        alerts[unit] = {one.rule for one in told if one.state == "active"}
+        if unit == "mV":
+            (wrong,) = [one for one in told if one.rule == "implausible_amplitude"][-1:]
+            assert "asystole" in wrong.cannot_monitor
+    assert "implausible_amplitude" in alerts["mV"]
+    assert "implausible_amplitude" not in alerts["uV"]

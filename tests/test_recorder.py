@@ -133,7 +133,8 @@ def test_beats_and_alerts_are_annotations_of_their_kind(recorder: Recorder, tmp_
         recorder.note("bed-7", m.Beat("bed-7", 1100 + 300 * k, 0.0, label, 1.0, 0, None))
     rule = "atrial_fibrillation_suspected"
     recorder.note("bed-7", m.Alert("bed-7", rule, "active", "medium", 1.0, 1.0, 1500, 0.0, 0))
-    recorder.note("bed-7", m.Alert("bed-7", rule, "resolved", "medium", 0.0, 1.0, 2400, 0.0, 0))
+    over = m.Alert("bed-7", rule, "resolved", "medium", 0.0, 1.0, 2400, 0.0, 0, from_state="active")
+    recorder.note("bed-7", over)
     recorder.note("another", m.Beat("another", 1200, 0.0, "N", 1.0, 0, None))
     recorder.stop()
     found = wfdb.rdann(stem(tmp_path / "records"), "atr")
@@ -276,4 +277,4 @@ def test_after_a_kill_all_that_was_flushed_is_there(
     np.testing.assert_allclose(wfdb.rdrecord(stem(folder)).p_signal[:, 0], sent, atol=0.51e-3)
     found = wfdb.rdann(stem(folder), "atr")
     assert len(found.sample) > 10
-    assert set(found.symbol) <= set("NSVFQ")
+    assert set(found.symbol) <= {*"NSVFQ", '"'}  # beats, and notes of alerts

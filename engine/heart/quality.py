@@ -11,6 +11,9 @@ lead_off
 saturated
     1 if it rests at its very extreme for 5 % of the second or more, in one piece and 2 mV from
     where the lead was before: bad.
+implausible_amplitude
+    1 if the second lies 20 mV from its mean, on the mean: no heart does, so the unit must be wrong,
+    as uV that are called mV. A pacemaker's pulse is too short to count: bad.
 mains_share
     Power around 50 or 60 Hz over that and of beats, 2 to 20 Hz. From 0.2 poor, 0.8 bad.
 noise
@@ -42,6 +45,7 @@ _FLAT_MV = 0.02
 _OFFSET_MV = 300.0
 _RAIL_MV = 2.0
 _PINNED = 0.05  # of the samples of a second
+_IMPLAUSIBLE_MV = 20.0
 _EXTREME = 1e-3  # of the second's range: so close to its extreme is at it
 # Where the bands of the spectrum begin: beats, and ventricular flutter has nothing above 5 Hz;
 # neither; muscle, with the mains in it.
@@ -72,6 +76,7 @@ class Second(msgspec.Struct):
     muscle: float
     restless: float
     rests_at: float  # mV: the extreme at which it rests; nan: it does not
+    swings: float  # mV: mean distance from the mean; 0 if the range is plausible
 
 
 class Quality:
@@ -143,6 +148,7 @@ class Quality:
         found[:, :, 5] = np.add.reduce(bands[:, :, 2:], axis=2) - mains
         found[:, :, 6] = restless
         found[:, :, 7] = _rests_at(second, low, high)
+        found[:, :, 8] = _swings(second, low, high)
         rows: list[list[list[float]]] = found.tolist()
         return rows
 
@@ -153,12 +159,13 @@ class Verdict(msgspec.Struct):
     flat: bool
     off: bool
     pinned: bool
+    implausible: bool
     mains_share: float
     noise: float
 
     @property
     def dead(self) -> bool:
-        return self.flat or self.off or self.pinned
+        return self.flat or self.off or self.pinned or self.implausible
 
     @property
     def quality(self) -> int:
@@ -188,6 +195,7 @@ def _judge(lead: Lead, second: Second) -> Verdict:
         flat,
         off,
         pinned,
+        second.swings > _IMPLAUSIBLE_MV,
         0.0 if flat else second.mains / (second.mains + beats),
         0.0 if flat else min(1.0, noise),
     )
@@ -200,6 +208,7 @@ def _measures(leads: list[Verdict], whole: bool) -> dict[str, float]:
         "flat_line": float(best.flat),
         "lead_off": float(best.off),
         "saturated": float(best.pinned),
+        "implausible_amplitude": float(best.implausible),
     }
     if whole:
         values["mains_share"] = best.mains_share
@@ -207,6 +216,15 @@ def _measures(leads: list[Verdict], whole: bool) -> dict[str, float]:
     if whole or best.dead:
         values["quality"] = best.quality
     return values
+
+
+def _swings(second: Array, low: Array, high: Array) -> NDArray[np.float64]:
+    """Return the mean distance from the mean, (ended, channels); 0 if it is plausible anyway."""
+    found = np.zeros(low.shape)
+    for row, channel in np.argwhere(high - low > _IMPLAUSIBLE_MV).tolist():
+        one = second[row, channel]
+        found[row, channel] = np.abs(one - one.mean()).mean()
+    return found
 
 
 def _rests_at(
