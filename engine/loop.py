@@ -20,6 +20,7 @@ from engine.alerts import Alerts, Moment
 from engine.audit import Audit
 from engine.config import Limits, Subjects
 from engine.errors import ConfigError, Refused
+from engine.heart import news2
 from engine.heart.wing import HeartWing, Naming
 from engine.lane import Lane
 from engine.messages import Message
@@ -180,6 +181,8 @@ class Engine:
         self._budgets: Counter[float] = Counter()  # latency budgets of the open streams
         self._tightest_s = math.inf
         self._load = 0.0  # part of the capacity that open streams need
+        self._vitals: dict[str, news2.Vitals] = {}  # by subject
+        self._last_vital: dict[str, float] = {}
         self._alerts = alerts or Alerts(rules.load())
         self._audit, self._summary_s = audit, summary_s
         self._next_summary = -math.inf
@@ -243,6 +246,8 @@ class Engine:
             self._chunk(peer_id, request, now)
         elif isinstance(request, messages.Ping):
             self._tell(peer, messages.Pong(request.id))
+        elif isinstance(request, messages.Vital):
+            self._vital(peer, request, now)
         elif isinstance(request, messages.AlertRequest):
             self._ask_alerts(peer, request)
         elif isinstance(request, messages.Open):
@@ -462,6 +467,7 @@ class Engine:
         for name in [n for n, t in self._last_chunk.items() if now - t > limits.stream_timeout_s]:
             self._end(self._streams[name], "idle")
         self._tell_silence(now)
+        self._forget_vitals(now)
         if now >= self._next_summary:
             self._next_summary = now + self._summary_s
             self._summarise()
@@ -557,6 +563,51 @@ class Engine:
         self.metrics.streams_open = len(self._streams)
         log.info("stream %s closed: %s", name, reason)
 
+    # --- vitals ----------------------------------------------------------------------------
+
+    def _vital(self, peer: Peer, vital: messages.Vital, now: float) -> None:
+        """Take a slow vital, and tell what is known of its subject."""
+        subject = vital.subject
+        self._check_subject(subject)
+        try:
+            value = news2.convert(vital.parameter, vital.value, vital.unit)
+        except ValueError as error:
+            raise Refused("bad_vital", str(error)) from None
+        if subject not in self._vitals:
+            if len(self._vitals) >= self.limits.max_streams:
+                raise Refused("full", f"limits.max_streams is {self.limits.max_streams}: subjects")
+            self._vitals[subject] = news2.Vitals()
+        self._last_vital[subject] = now
+        self._vitals[subject].note(vital.parameter, value, vital.seconds)
+        self._tell(peer, self._tell_vitals(subject))
+
+    def _note_heart(self, subject: str, message: messages.Measures) -> None:
+        """Take the heart rate of a subject's ECG; publish the score if that changes it."""
+        bpm = message.values.get("heart_rate_bpm")
+        if bpm is None:
+            return
+        vitals = self._vitals[subject]
+        before = vitals.score
+        vitals.note_heart(bpm, message.seconds)
+        if vitals.rate() != before:
+            self._tell_vitals(subject)
+
+    def _tell_vitals(self, subject: str) -> messages.Measures:
+        """Publish what is known of a subject, let the alerts know, and return it."""
+        vitals = self._vitals[subject]
+        index = round(1000 * vitals.now_s)  # there are no samples: milliseconds
+        message = messages.Measures(subject, index, vitals.now_s, index, vitals.measures())
+        self._publish(message, subject, messages.encode(message))
+        at = Moment(index, vitals.now_s, index)
+        self._tell_alerts(self._alerts.update(subject, subject, at, message.values))
+        return message
+
+    def _forget_vitals(self, now: float) -> None:
+        """Let go of subjects of whom all vitals are too old."""
+        for subject, heard in list(self._last_vital.items()):
+            if now - heard > news2.LONGEST_AGE_S:
+                del self._vitals[subject], self._last_vital[subject]
+
     # --- alerts ----------------------------------------------------------------------------
 
     def _watch(self, stream: Stream, message: Message) -> None:
@@ -566,6 +617,8 @@ class Engine:
             case messages.Measures():
                 at = Moment(message.index, message.seconds, message.decided_at)
                 told = self._alerts.update(subject, session.name, at, message.values)
+                if subject in self._vitals:
+                    self._note_heart(subject, message)
             case messages.Gap():
                 self._alerts.gap(subject, session.name)
                 return

@@ -150,6 +150,16 @@ class Ping(Message, frozen=True):
     id: Index = 0
 
 
+class Vital(Message, frozen=True):
+    """One value of a slow sign of life, measured now and then."""
+
+    subject: Name
+    parameter: Text  # one of engine.heart.news2.PARAMETERS
+    value: float
+    unit: Text  # UCUM
+    seconds: Annotated[float, Meta(ge=0, le=1e12)]  # of the subject: as its streams count them
+
+
 class Acknowledge(Message, frozen=True):
     """Say that an alert has been seen. Answered, as all four, with what is active then."""
 
@@ -423,7 +433,7 @@ class Final(Message, frozen=True):
 
 
 AlertRequest = Acknowledge | PauseAlerts | ResumeAlerts | ListAlerts
-Request = Hello | Open | Chunk | Flush | Close | Ping | AlertRequest
+Request = Hello | Open | Chunk | Flush | Close | Ping | Vital | AlertRequest
 Result = Beat | Measures | Alert | ActiveAlerts | Scores | Samples | Partial | Final | Gap | Bridged
 Reply = Welcome | Opened | Ack | Flushed | Closed | AlertList | Pong | Error | Result
 

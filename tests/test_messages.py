@@ -17,6 +17,7 @@ REQUESTS: list[m.Request] = [
     m.Flush("bed-7", 9),
     m.Close("bed-7"),
     m.Ping(4),
+    m.Vital("p-17", "spo2", 96.0, "%", 3600.5),
     m.Acknowledge("p-17", "asystole", "nurse-3", 1),
     m.PauseAlerts("p-17", "", 120.0, "nurse-3", True, 2),
     m.ResumeAlerts("p-17", "", "nurse-3", 3),

@@ -212,16 +212,23 @@ def test_variability_is_that_of_hand_computed_intervals() -> None:
     assert not {"rmssd_ms", "ectopic_share"} & early.measures(29_999).keys()
 
 
-def test_variability_agrees_with_neurokit(rng: np.random.Generator) -> None:
-    neurokit = pytest.importorskip("neurokit2")
-    rr = rng.normal(80, 6, 380).astype(int)
-    at = np.cumsum(rr)
-    values = rhythm_of([(int(p), "N") for p in at]).measures(int(at[-1]))
-    within = at[at >= at[-1] - 30000]
-    found = neurokit.hrv_time({"ECG_R_Peaks": within}, sampling_rate=RATE).iloc[0]
-    assert values["rmssd_ms"] == pytest.approx(found["HRV_RMSSD"], rel=1e-3)
-    assert values["sdnn_ms"] == pytest.approx(found["HRV_SDNN"], rel=0.01)
-    assert values["pnn50"] == pytest.approx(found["HRV_pNN50"] / 100, abs=0.01)
+def test_variability_agrees_with_sleepecg(rng: np.random.Generator) -> None:
+    sleepecg = pytest.importorskip("sleepecg")
+    rr = 2 * rng.normal(40, 3, 400).astype(int)  # no two differ by exactly 50 ms
+    at = np.concatenate([[0], np.cumsum(rr)])
+    at = at[at < 300 * RATE]
+    values = rhythm_of([(int(p), "N") for p in at]).measures(300 * RATE)
+    record = sleepecg.SleepRecord(sleep_stage_duration=30, heartbeat_times=at / RATE)
+    features, _, names = sleepecg.extract_features(
+        [record],
+        lookforward=300,
+        feature_selection=["SDNN", "RMSSD", "pNN50"],
+        max_nans=1,
+    )
+    found = dict(zip(names, features[0][0].tolist(), strict=True))
+    assert values["sdnn_ms"] == pytest.approx(1000 * found["SDNN"])
+    assert values["rmssd_ms"] == pytest.approx(1000 * found["RMSSD"])
+    assert values["pnn50"] == pytest.approx(found["pNN50"])
 
 
 def test_sample_entropy_is_that_of_a_plain_count(rng: np.random.Generator) -> None:
