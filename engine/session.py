@@ -119,7 +119,8 @@ class Session:
         self.bridged_samples = self.reordered = self.late = 0
         self.tap: Callable[[int, NDArray[np.float32]], None] | None = None
         self.opened, self._signal = opened, signal
-        self._dtype = _DTYPES[opened.dtype]
+        self._dtype, self._channels = _DTYPES[opened.dtype], opened.channels
+        self._frame_bytes = self._dtype.itemsize * opened.channels
         _check_channels(opened, signal)
         self.steps = _steps(opened, signal)
         self._scale, self._offset = _calibration(self.steps)
@@ -296,21 +297,20 @@ class Session:
 
     def _read(self, chunk: Chunk) -> NDArray[np.float32]:
         """Return (samples, channels) in the model's unit."""
-        channels = self.opened.channels
-        if len(chunk.data) > self._max_chunk_bytes:
+        data, length = chunk.data, len(chunk.data)
+        if length > self._max_chunk_bytes:
             raise Refused(
                 "oversize",
                 f"chunk {chunk.seq}: expected at most {self._max_chunk_bytes} bytes, "
-                f"found {len(chunk.data)}",
+                f"found {length}",
             )
-        frame = self._dtype.itemsize * channels
-        if not chunk.data or len(chunk.data) % frame:
+        if not length or length % self._frame_bytes:
             raise Refused(
                 "bad_length",
-                f"chunk {chunk.seq}: expected a multiple of {frame} bytes "
-                f"({channels} channels of {self._dtype.name}), found {len(chunk.data)}",
+                f"chunk {chunk.seq}: expected a multiple of {self._frame_bytes} bytes "
+                f"({self._channels} channels of {self._dtype.name}), found {length}",
             )
-        raw = np.frombuffer(chunk.data, self._dtype).reshape(-1, channels)
+        raw = np.frombuffer(data, self._dtype).reshape(-1, self._channels)
         values = self._calibrate(raw) if self._calibrated else raw
         # One pass that allocates nothing; only a sum that overflows needs the closer look.
         if not math.isfinite(np.vdot(values, values)) and not np.isfinite(values).all():
