@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import messages
+from engine import messages, model_file
 from engine.heart.rhythm import Count, Interval, Rhythm, entropy
 from engine.heart.wing import HeartWing
 from engine.wing import Outputs, Rows
 from tests import tiny
+from tests.drive import Driven, chunks
 
 RATE = 100
 
@@ -397,3 +398,29 @@ def test_a_second_tells_of_the_signal_and_of_the_beats_known_by_its_end() -> Non
         if known:
             wanted = max(0, one.index - 32 - known[-1]) / RATE
             assert one.values["pause_s"] == pytest.approx(wanted)
+
+
+def test_any_chunks_tell_the_same_measures_before_and_after_lost_samples(
+    rng: np.random.Generator,
+) -> None:
+    t = np.arange(250 * 14) / 250
+    ecg = 1.2 * np.exp(-(((t % 0.9 - 0.4) / 0.015) ** 2)) + rng.normal(0, 0.02, len(t))
+    ecg[(t > 4) & (t < 9.5)] = 0.0  # asystole
+    before, after = np.split(ecg.astype(np.float32), [2807])
+
+    def told(size: int) -> list[messages.Measures]:
+        driven = Driven(model_file.find("heart"))
+        driven.open("a", "s", "heart", rate_hz=250.0)
+        first = chunks("s", before, range(size, len(before), size))
+        second = chunks("s", after, range(size, len(after), size), len(first), len(before) + 500)
+        for chunk in [*first, *second]:
+            driven.say("a", chunk)
+            driven.run()
+        driven.say("a", messages.Flush("s"))
+        driven.run()
+        # The session tells of gaps by itself, as chunks come.
+        return [one for one in driven.told("a", messages.Measures) if "gap_s" not in one.values]
+
+    whole = told(500)
+    assert told(7) == told(83) == whole
+    assert max(one.values.get("pause_s", 0) for one in whole) > 5

@@ -11,6 +11,7 @@ import csv
 import time
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +57,9 @@ def listen(model: Model, signals: Sequence[NDArray[np.float32]]) -> Heard:
     spec, count = model.spec, len(signals)
     step = _HOPS * spec.hop_samples
     length = -(-max(map(len, signals)) // step) * step
-    samples = np.stack([np.pad(one, (0, length - len(one)), "edge") for one in signals])
+    samples = np.zeros((count, length, spec.input.channels), np.float32)  # other leads are off
+    for slot, signal in enumerate(signals):
+        samples[slot, :, 0] = np.pad(signal, (0, length - len(signal)), "edge")
     runtime, front = CpuRuntime(model, count), Front(spec, count)
     wing = HeartWing(spec, count)
     streams = [Stream(str(slot), spec.input.rate_hz) for slot in range(count)]
@@ -68,7 +71,7 @@ def listen(model: Model, signals: Sequence[NDArray[np.float32]]) -> Heard:
     end = np.array([len(one) for one in signals])
     heard = Heard([[] for _ in signals], 0.0, 0.0)
     for position in range(0, length, step):
-        piece = samples[:, position : position + step, None]
+        piece = samples[:, position : position + step]
         t0 = time.thread_time()
         outputs = runtime.step(slots, front.push(slots, piece))
         t1 = time.thread_time()
@@ -97,6 +100,20 @@ def episodes(folder: Path, name: str) -> list[tuple[int, int, str]]:
     return [(at, end, rhythm) for (at, rhythm), end in zip(marks, ends, strict=True)]
 
 
+def noisy(folder: Path, name: str) -> list[tuple[int, int]]:
+    """Return where the annotators called the first lead noisy or unreadable, (start, end)."""
+    annotation = wfdb.rdann(str(folder / name), "atr")
+    marks = [
+        (int(at), subtype < 0 or subtype & 0x11 > 0)  # bits 0 and 4: of the first signal
+        for at, symbol, subtype in zip(
+            annotation.sample, annotation.symbol, annotation.subtype, strict=True
+        )
+        if symbol == "~"
+    ]
+    marks.append((wfdb.rdheader(str(folder / name)).sig_len, False))
+    return [(at, end) for (at, bad), (end, _) in pairwise(marks) if bad]
+
+
 def inside(at: NDArray[np.float64], stretches: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
     """Return which of some places lie within one of some stretches."""
     found = np.zeros(len(at), bool)
@@ -119,6 +136,7 @@ def mitdb(model: Model, folder: Path) -> Iterator[str]:
         f", beats to measures {1e6 * heard.wing_s / seconds:.0f}"
     )
     yield "AF and VF suspected, second by second; quality: share good, poor, bad"
+    verdicts: dict[bool, list[NDArray[np.float64]]] = {True: [], False: []}
     for name, told in zip(names, heard.measures, strict=True):
         rhythms = episodes(folder, name)
         af = [(start, end) for start, end, rhythm in rhythms if rhythm == "(AFIB"]
@@ -138,9 +156,15 @@ def mitdb(model: Model, folder: Path) -> Iterator[str]:
         if vf:
             found = [(alarms[(alarms >= a) & (alarms < b + 360 * 4)][:1] - a) / 360 for a, b in vf]
             line += ", after " + " ".join(f"{f[0]:.1f}" if len(f) else "never" for f in found)
-        verdict = column(told, "quality")[:, 1]
+        at, verdict = column(told, "quality").T
         line += "; quality " + shares(verdict)
         yield line
+        noise = inside(at, noisy(folder, name))
+        for annotated in (True, False):
+            verdicts[annotated].append(verdict[noise == annotated])
+    for annotated, found in verdicts.items():
+        every = np.concatenate(found)
+        yield f"annotated as {'noisy' if annotated else 'clean'}: {shares(every)} of {len(every)} s"
 
 
 def cinc(model: Model, folder: Path) -> Iterator[str]:
@@ -193,8 +217,9 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--cinc", action="store_true", help="CinC 2017 as well: some minutes")
+    parser.add_argument("--model", default="heart", help="a heart model, by name or file")
     options = parser.parse_args()
-    model = model_file.load(model_file.find("heart"))
+    model = model_file.load(model_file.find(options.model))
     for line in mitdb(model, options.data / "ecg" / "mitdb"):
         print(line)  # noqa: T201 - the result
     if options.cinc:
