@@ -423,7 +423,8 @@ def judge(
     for record in records:
         told = _run(nets, record.x)[1][-1].argmax() if len(record.x) else RHYTHMS.index("noise")
         rhythms[record.rhythm, told] += 1
-    return Figures(np.sum(list(confusions.values()), axis=0), confusions, rhythms)
+    total = np.zeros_like(rhythms, shape=(len(data.LABELS),) * 2)
+    return Figures(sum(confusions.values(), total), confusions, rhythms)
 
 
 def _run(nets: Sequence[BeatNet], x: Signal) -> tuple[Signal, Signal]:

@@ -211,5 +211,5 @@ def cut_windows(
     span = np.arange(cut.points * cut.factor)
     windows = signal[rows[:, None], places[:, None] + span]
     points = windows.reshape(len(rows), cut.points, cut.factor, cut.leads).mean(axis=2)
-    found: Array = points.transpose(0, 2, 1).reshape(len(rows), -1)
+    found: Array = points.transpose(0, 2, 1).reshape(len(rows), cut.leads * cut.points)
     return found
