@@ -245,6 +245,9 @@ def test_one_good_lead_of_two_suffices(rng: np.random.Generator) -> None:
     assert last(np.stack([nothing, good], axis=1)) == alone
     assert last(np.stack([good, noise], axis=1)) == alone
     assert last(np.stack([nothing, noise], axis=1)) == last(noise)
+    off = np.concatenate([good, np.full(RATE, 5.0, np.float32)])
+    assert last(np.stack([np.zeros_like(off), off], axis=1)) == last(off)
+    assert last(np.stack([nothing, 1000 * good], axis=1)) == last(1000 * good)
 
 
 def test_nothing_is_remembered_over_a_reset(rng: np.random.Generator) -> None:

@@ -203,7 +203,11 @@ def _judge(lead: Lead, second: Second) -> Verdict:
 
 def _measures(leads: list[Verdict], whole: bool) -> dict[str, float]:
     """Return the measures of a second; `whole`: whether the ones before it are known."""
-    best = max(leads, key=lambda lead: (not lead.dead, lead.quality, -lead.noise, lead.off))
+    # Of several that say nothing, one whose trouble is more than that nothing comes from it.
+    best = max(
+        leads,
+        key=lambda lead: (not lead.dead, lead.off or not lead.flat, lead.quality, -lead.noise),
+    )
     values: dict[str, float] = {
         "flat_line": float(best.flat),
         "lead_off": float(best.off),
