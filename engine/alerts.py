@@ -230,6 +230,8 @@ class Subject:
             clock.latest = {}
         elif goes_on and at.seconds >= clock.at.seconds:
             clock.at = at
+        elif goes_on and at.decided_at > clock.at.decided_at:
+            clock.at = clock.at._replace(decided_at=at.decided_at)  # of a beat, told late
         memory.now_s = max(memory.now_s, clock.at.seconds - clock.ahead_s)
         minute = int(memory.now_s // 60)
         if minute != memory.minute:

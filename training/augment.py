@@ -18,7 +18,7 @@ _MAX_MAINS_MV = 0.1
 _MAX_NOISE_MV = 0.08
 _BURST_S = 5.0
 _AS_IT_IS = 0.5  # how often two leads are seen as they are
-_ONE_LEAD = 0.35  # how often only one is there
+_ONE_LEAD = 0.5  # how often only one is there
 
 
 def disturb(signal: Signal, rate_hz: float, rng: np.random.Generator) -> Signal:
@@ -29,8 +29,8 @@ def disturb(signal: Signal, rate_hz: float, rng: np.random.Generator) -> Signal:
 
 def _disturb(signal: Signal, rate_hz: float, rng: np.random.Generator) -> Signal:
     """Return (samples,) with a random gain and random disturbances, at random strengths."""
-    gain = 2.0 ** rng.uniform(-1, 1)
-    if rng.random() < 0.05:  # electrodes exchanged
+    gain = 2.0 ** rng.uniform(-2.3, 1)  # hand-held electrodes give a third of a millivolt
+    if rng.random() < 0.2:  # electrodes exchanged
         gain = -gain
     out = gain * signal + rng.uniform(-_MAX_OFFSET_MV, _MAX_OFFSET_MV)
     if rng.random() < 0.5:

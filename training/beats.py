@@ -249,7 +249,9 @@ def disturb(x: Tensor, one_lead: bool, rng: np.random.Generator) -> Tensor:
     """Return (rows, beats, INPUTS) of other electrodes, gains and noise, and of other rates."""
     rows, beats, _ = x.shape
     windows = x[:, :, :-1].reshape(rows, beats, LEADS, POINTS).clone()
-    if not one_lead:
+    if one_lead:  # sometimes twice, or the records of one lead would be known by that
+        windows[:, :, 1] = windows[:, :, 0] * torch.from_numpy(rng.random((rows, 1, 1)) < 0.4)
+    else:
         _place(windows, rng)
     on = (windows.abs().amax((1, 3), keepdim=True) > 0).float()
 
@@ -367,11 +369,14 @@ def loss_of(net: BeatNet, named: tuple[Tensor, ...], short: tuple[Tensor, ...]) 
         reduction="none",
     ).view_as(weight)
     loss = loss + (each * weight).sum() / weight.sum()
-    normal = (rhythm < 2).float()[:, None] * (weight > 0)
+    # Where the atria fibrillate no beat is early, however irregular.
+    fibrillating = (rhythm == RHYTHMS.index("a")).float()[:, None] * (weight > 0)
+    normal = (rhythm == RHYTHMS.index("n")).float()[:, None] * (weight > 0)
     each = functional.cross_entropy(
         beat_class.flatten(0, 1), torch.zeros(weight.numel(), dtype=torch.int64), reduction="none"
     ).view_as(weight)
-    return loss + 0.5 * (each.clamp(max=_ODD) * normal).sum() / normal.sum().clamp(min=1.0)
+    each = each.clamp(max=_ODD) * normal + each * fibrillating
+    return loss + each.sum() / (normal + fibrillating).sum().clamp(min=1.0)
 
 
 def train(
