@@ -143,6 +143,7 @@ def test_a_second_that_moves_by_a_few_microvolts_is_a_flat_line_at_once() -> Non
     assert told(np.zeros(RATE, np.float32))[0][1] == {
         "flat_line": 1,
         "lead_off": 0,
+        "leads_off": 0,
         "saturated": 0,
         "implausible_amplitude": 0,
         "quality": BAD,

@@ -8,6 +8,8 @@ flat_line
 lead_off
     1 if it is flat and lies 2 mV from where the lead was before, which is how an amplifier runs
     into its rail; or beyond 300 mV, the offset that electrodes may have (IEC 60601-2-27): bad.
+leads_off
+    How many leads are off, whatever the others are like.
 saturated
     1 if it rests at its very extreme for 5 % of the second or more, in one piece and 2 mV from
     where the lead was before: bad.
@@ -211,6 +213,7 @@ def _measures(leads: list[Verdict], whole: bool) -> dict[str, float]:
     values: dict[str, float] = {
         "flat_line": float(best.flat),
         "lead_off": float(best.off),
+        "leads_off": float(sum(lead.off for lead in leads)),
         "saturated": float(best.pinned),
         "implausible_amplitude": float(best.implausible),
     }
