@@ -90,7 +90,7 @@ class DeviceRuntime:
         if graphs:
             options["enable_cuda_graph"] = "1"
         wrapped = wrap(model.graphs[0], self._stage, [o.name for o in model.spec.outputs])
-        self._session = open_session(wrapped, device, options)
+        self._session = open_session(wrapped, device, options, model.folder)
         plain = {name: value for name, value in options.items() if name != "enable_cuda_graph"}
         self._taking = open_session(_take_graph(), device, plain)
         self._putting = open_session(_put_graph(), device, plain)
