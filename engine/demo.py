@@ -10,8 +10,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -24,17 +25,20 @@ from rich.text import Text
 from engine import model_file, recordings, replay
 from engine.audio import Sound
 from engine.child import Counts, ServerProcess
-from engine.errors import MurmurError
-from engine.messages import NOTICE
-from engine.picture import CLASSES, HEART, VOICE, Lines, Screen, Tally, plain
+from engine.client import Client
+from engine.errors import Disconnected, MurmurError, Refused
+from engine.messages import NOTICE, Acknowledge
+from engine.picture import CLASSES, HEART, QUALITY, VOICE, Lines, Screen, Tally, plain
 from engine.recordings import Recording
 from engine.watch import Subscription
 
 ABOUT = (
-    "MIT-BIH record 208, five minutes from 19:34.5. It took no part in training the model: "
-    "no sample of it was trained on. It is one of the records that told the training when to stop. "
-    "Supraventricular beats are not learned yet: this stretch has none, and those shown are false."
+    "MIT-BIH record 208, five minutes from 19:34.5. It took no part in training the model that "
+    "finds beats, only in choosing when to stop; the one that names beats was trained on it, so "
+    "strangers' beats are named less well. Alerts are acknowledged by the demonstration."
 )
+ACTOR = "demo"  # who acknowledges alerts
+_SEEN_S = 8.0  # of signal from when an alert is told to when it is acknowledged
 VOICE_MODEL = "english"
 VOICE_WHEEL = "moonshine_voice"  # of whose tests the recording is: 44 s of read English
 _TICK_S = 0.08  # between two pictures
@@ -146,11 +150,12 @@ def _play(
     """Play everything at once, and show what comes of it until it is over."""
     with ExitStack() as stack:
         subscription = stack.enter_context(Subscription(server.endpoints["publish"]))
+        client = stack.enter_context(Client(server.address))
         players = []
         for piece in programme:
             files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(2)]
             players.append(stack.enter_context(Player(server.address, piece, *files)))
-        _follow(players, subscription, tally, show)
+        _follow(players, subscription, client, tally, show)
         return [player.ended() for player in players]
 
 
@@ -192,12 +197,14 @@ class Player:
 def _follow(
     players: Sequence[Player],
     subscription: Subscription,
+    client: Client,
     tally: Tally,
     show: Callable[[], None],
 ) -> None:
     """Take what is published until the players have ended and their last results have come."""
     while any(player.running for player in players):
         _listen(subscription, tally, _TICK_S)
+        _acknowledge(client, tally)
         show()
     told = [player.ended().summary for player in players]
     wanted = sum(one.results.get(kind, 0) for one in told if one for kind in ("beat", "final"))
@@ -206,6 +213,16 @@ def _follow(
         _listen(subscription, tally, _TICK_S)
     _listen(subscription, tally, 0.0)
     show()
+
+
+def _acknowledge(client: Client, tally: Tally) -> None:
+    """Say of alerts that have been there for some seconds of signal that they were seen."""
+    for alert in tally.in_sight():
+        if alert.state in ("active", "latched") and tally.now_s - alert.seconds >= _SEEN_S:
+            # It may be over by now; and of a server that is gone its exit code says the rest.
+            with suppress(Refused, Disconnected):
+                client.ask(Acknowledge(alert.subject, alert.rule, ACTOR))
+    list(client.events())  # its pings keep the connection
 
 
 def _listen(subscription: Subscription, tally: Tally, seconds: float) -> None:
@@ -253,6 +270,9 @@ def report(
         "heart_rate_bpm": float(np.median(rates)) if rates else None,
         "alerts_raised": dict(tally.raised),
         "alerts_active_at_end": sorted(tally.active),
+        "alerts_by_state": dict(Counter(change.state for change in tally.changes)),
+        "signal_quality_s": _quality(tally),
+        "known_at_end": dict(tally.known),
         "chunks": summary.chunks if summary else None,
         "acknowledged": summary.acknowledged if summary else None,
         "latency": msgspec.to_builtins(summary.latency) if summary else None,
@@ -262,6 +282,12 @@ def report(
         "server_cpu_s": ended.counts.cpu_seconds if ended.counts else None,
         "server_exit_code": ended.server_code,
     }
+
+
+def _quality(tally: Tally) -> dict[str, int]:
+    """Return for how many seconds the signal was good, poor and bad."""
+    told = [one.values["quality"] for one in tally.seconds if "quality" in one.values]
+    return {name: told.count(number) for number, (name, _) in reversed([*enumerate(QUALITY)])}
 
 
 def _voice(tally: Tally, played: Played | None) -> dict[str, Any] | None:
@@ -337,6 +363,8 @@ def _told(made: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "beats", f"{made['beats']}: {classes or 'none'}"
     if made["heart_rate_bpm"] is not None:
         yield "heart rate", f"{made['heart_rate_bpm']:.0f} bpm in the median"
+    seconds = made["signal_quality_s"].items()
+    yield "signal", ", ".join(f"{name} for {count} s" for name, count in seconds)
     raised = made["alerts_raised"].items()
     yield "alerts", ", ".join(f"{plain(rule)} {count} x" for rule, count in raised) or "none"
     if latency := made["latency"]:

@@ -5,7 +5,7 @@ sockets: see :mod:`engine.demo`.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,11 +28,18 @@ CLASSES = {
     "F": ("fusion", "magenta"),
     "Q": ("unclassified", "blue"),
 }
+QUALITY = (("bad", "bold red"), ("poor", "yellow"), ("good", "green"))  # as it is numbered
+# What a model hears as the rhythm; "n" to "noise" are the classes of CinC 2017.
+_RHYTHMS = {"n": "normal", "a": "AF", "o": "other", "noise": "noise"}
+_AF_SUSPECTED = 0.5  # as in the rule of that name
+_PRIORITIES = {"high": "red", "medium": "yellow", "low": "cyan"}  # the most urgent first
+_STATES = ("active", "latched", "acknowledged", "resolving", "pending", "paused", "off", "resolved")
 _STRIP_S = 8.0  # of signal in the picture
 _STRIP_ROWS = 6
 _OVER = ("inactive", "pending", "resolved")  # states that are no alert
-_RECENT = 3  # alerts in the picture
-_VOICE_ROWS = 4  # of text
+_ALERTS = 4  # in the picture
+_RESOLVED_S = 10.0  # for which one that is over stays in it
+_VOICE_ROWS = 3  # of text
 _LINE_S = 10.0  # of signal in a plain line
 
 
@@ -47,7 +54,9 @@ class Tally:
         self.classes: Counter[str] = Counter()
         self.beats: list[messages.Beat] = []
         self.active: dict[str, messages.Alert] = {}
+        self.latest: dict[str, messages.Alert] = {}  # by rule: the last transition of each
         self.changes: list[messages.Alert] = []
+        self.seconds: list[messages.Measures] = []  # what was known at the end of each
         self.index = 0  # the samples before it have been decided upon
 
     def take(self, message: Message) -> None:
@@ -56,8 +65,12 @@ class Tally:
                 self.classes[message.label] += 1
                 self.beats.append(message)
                 self.index = max(self.index, message.decided_at)
+            case messages.Measures() if "flat_line" in message.values:
+                self.seconds.append(message)
+                self.index = max(self.index, message.decided_at)
             case messages.Alert():
                 self.changes.append(message)
+                self.latest[message.rule] = message
                 self.active.pop(message.rule, None)
                 if message.state not in _OVER:
                     self.active[message.rule] = message
@@ -67,6 +80,30 @@ class Tally:
             case messages.Final():
                 self.partial = ""
                 self.finals.append(message)
+
+    @property
+    def known(self) -> Mapping[str, float]:
+        """What is known now; a measure that is not known is absent."""
+        return self.seconds[-1].values if self.seconds else {}
+
+    @property
+    def now_s(self) -> float:
+        """Seconds of the signal, as far as an alert or a measure says."""
+        told: list[messages.Measures | messages.Alert] = [*self.seconds[-1:], *self.changes[-1:]]
+        return max((one.seconds for one in told), default=0.0)
+
+    def in_sight(self) -> list[messages.Alert]:
+        """Return the alerts that are not over, or not for long; the most urgent first."""
+        shown = [
+            one
+            for one in self.latest.values()
+            if one.state != "inactive"
+            and (one.state != "resolved" or self.now_s - one.seconds <= _RESOLVED_S)
+        ]
+        order = list(_PRIORITIES)
+        return sorted(
+            shown, key=lambda one: (one.state == "resolved", order.index(one.priority), _rank(one))
+        )
 
     @property
     def raised(self) -> Counter[str]:
@@ -87,6 +124,7 @@ class Lines:
     def __init__(self, console: Console, recording: Recording, tally: Tally, _: float) -> None:
         self._console, self._recording, self._tally = console, recording, tally
         self._beats = self._changes = self._finals = 0  # printed
+        self._state = ""  # as it was printed last
         self._over = False
 
     def __enter__(self) -> Callable[[], None]:
@@ -107,7 +145,7 @@ class Lines:
         rest = self._tally.beats[self._beats :]
         return bool(rest) and (self._over or self._tens(rest[-1]) > self._tens(rest[0]))
 
-    def _tens(self, one: messages.Beat | messages.Alert) -> int:
+    def _tens(self, one: messages.Beat | messages.Alert | messages.Measures) -> int:
         return int(one.index / self._recording.rate_hz / _LINE_S)
 
     def _print_line(self) -> None:
@@ -125,6 +163,21 @@ class Lines:
         self._changes += len(changes)
         for change in changes:
             self._print(_change(change).plain)
+        self._print_state(ten)
+
+    def _print_state(self, ten: int) -> None:
+        """Print what the signal and the rhythm were like in these ten seconds, if that is new."""
+        known = [one.values for one in self._tally.seconds if self._tens(one) == ten]
+        if not known:
+            return
+        worst = min((int(one["quality"]) for one in known if "quality" in one), default=None)
+        signal = "-" if worst is None else QUALITY[worst][0]
+        state = f"signal {signal}, rhythm {_rhythm(known[-1], shares=False)}"
+        if hrv := _variability(known[-1]):
+            state += f", {hrv}"
+        if state != self._state:
+            self._print(f"      {state}")
+        self._state = state
 
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -156,14 +209,11 @@ class Screen:
         how = f"{self._speed:g} x real time" if self._speed else "as fast as it goes"
         picture = Group(
             self._progress(width),
-            Text(),
             *self._strip(width),
-            Text(),
             self._letters(width),
+            *self._figures(),
             Text(),
-            self._figures(),
-            Text(),
-            *self._alerts(),
+            *self._alerts(width),
             *self._voice(width),
         )
         return Panel(
@@ -215,43 +265,48 @@ class Screen:
             text.append(beat.label, CLASSES[beat.label][1])
         return text
 
-    def _figures(self) -> RenderableType:
-        tally = self._tally
+    def _figures(self) -> Iterator[RenderableType]:
+        tally, known = self._tally, self._tally.known
         bpm = tally.beats[-1].heart_rate_bpm if tally.beats else None
         rate = "-" if bpm is None else f"{bpm:.0f}"
         minute = tally.ventricular_since(tally.index - 60 * self._recording.rate_hz)
-        row = Table.grid(padding=(0, 3))
+        quality, colour = QUALITY[int(known["quality"])] if "quality" in known else ("-", "dim")
+        first = Text.assemble(
+            ("heart rate ", "dim"), (f"{rate:>3}", "bold bright_white"), " bpm   ",
+            ("signal ", "dim"), (f"{quality:4}", colour), "   ",
+            ("rhythm ", "dim"), _rhythm(known),
+        )  # fmt: skip
+        second = Text.assemble(
+            ("V in the last minute ", "dim"), (f"{minute:>2}", "bold red"), "   ",
+            ("variability ", "dim"), _variability(known) or "- (of five minutes)",
+        )  # fmt: skip
         counts = Text()
         for label, (name, style) in CLASSES.items():
             if tally.classes[label] or label in "NSV":
                 counts.append(f"{label} {tally.classes[label]}", style)
                 counts.append(f" {name}   ", "dim")
-        row.add_row(
-            Text.assemble(("heart rate ", "dim"), (f"{rate:>3}", "bold bright_white"), " bpm"),
-            Text.assemble(("V in the last minute ", "dim"), (f"{minute:>2}", "bold red")),
-        )
-        return Group(row, counts)
+        yield from (_line(text) for text in (first, second, counts))
 
-    def _alerts(self) -> Iterator[RenderableType]:
-        row = Text("alerts  ", "dim")
-        for name, alert in self._tally.active.items():
-            style = "bold white on red" if alert.state == "active" else "red"
-            state = "" if alert.state == "active" else f", {alert.state}"
-            row.append(f" \u25cf {plain(name)}{state} ", style)
-            row.append("  ")
-        row.append("" if self._tally.active else "\u25cb none", "dim")
-        row.truncate(max(20, min(self._console.width, 120) - 4))
-        yield row
-        recent = self._tally.changes[-_RECENT:]
-        yield from (_change(change) for change in recent)
-        yield from (Text() for _ in range(_RECENT - len(recent)))  # the picture keeps its height
+    def _alerts(self, width: int) -> Iterator[RenderableType]:
+        """Draw a line for each alert that is not over, and for those that just were."""
+        shown = self._tally.in_sight()
+        left_out = len(shown) - _ALERTS
+        for number in range(_ALERTS):  # the picture keeps its height
+            row = Text("alerts " if not number else " " * 7, "dim")
+            if number < len(shown):
+                row.append(_alert(shown[number]))
+            elif not number:
+                row.append("\u25cb none", "dim")
+            if left_out > 0 and number == _ALERTS - 1:
+                row.append(f"  and {left_out} more", "dim")
+            yield _line(row)
 
     def _voice(self, width: int) -> Iterator[RenderableType]:
         """Draw the last lines of what the voice said, and in grey of what it is saying."""
         if not self._tally.with_voice:
             return
         text = Text(" ".join(final.text for final in self._tally.finals))
-        text.append(f" {self._tally.partial}", "bright_black")
+        text.append(f"{' ' if text else ''}{self._tally.partial}", "bright_black")
         lines = text.wrap(self._console, width - 7)[-_VOICE_ROWS:]
         yield Text()
         for number in range(_VOICE_ROWS):  # the picture keeps its height
@@ -293,14 +348,70 @@ def braille(
     return ["".join(chr(0x2800 + code) for code in row) for row in cells.sum(axis=(2, 3)).tolist()]
 
 
+def _line(text: Text) -> Text:
+    """Keep a text to one line, whatever the width."""
+    text.no_wrap, text.overflow = True, "ellipsis"
+    return text
+
+
+def _rank(alert: messages.Alert) -> int:
+    return _STATES.index(alert.state)
+
+
+def _alert(alert: messages.Alert) -> Text:
+    """Say how an alert is now: its colour is its priority, reversed while nobody has seen it."""
+    colour = _PRIORITIES[alert.priority]
+    style = {
+        "active": f"bold reverse {colour}",
+        "latched": f"reverse {colour}",
+        "acknowledged": colour,
+        "resolving": colour,
+        "resolved": "green",
+    }.get(alert.state, "dim")
+    name = plain(alert.rule).removesuffix(" suspected")
+    text = Text.assemble(
+        (f"\u25cf {name:26.26}", style), (f" {alert.state:12} {alert.priority:6}", style)
+    )
+    text.append(f" {_clock(alert.seconds)}  ", "dim")
+    if alert.cannot_monitor:  # other rules, while this one holds
+        text.append("cannot monitor", "red")
+    else:
+        text.append(f"{alert.value:.3g}, limit {alert.limit:g}", "dim")
+    return text
+
+
+def _rhythm(known: Mapping[str, float], shares: bool = True) -> str:
+    """Say what the rhythm is: what a model hears, and whether the atria may fibrillate."""
+    heard = {name.removeprefix("rhythm_"): p for name, p in known.items() if name[:7] == "rhythm_"}
+    parts = []
+    if heard:
+        best = max(heard, key=lambda name: heard[name])
+        parts.append(_RHYTHMS.get(best, best) + (f" {heard[best]:.0%}" if shares else ""))
+    if "af_suspected" in known:
+        suspected = known["af_suspected"] >= _AF_SUSPECTED
+        parts.append("AF suspected" if suspected else "AF not suspected")
+    return ", ".join(parts) or "-"
+
+
+def _variability(known: Mapping[str, float]) -> str:
+    """Say the variability of the heart rate; empty while it is not known."""
+    if "rmssd_ms" not in known:
+        return ""
+    return (
+        f"RMSSD {known['rmssd_ms']:.0f} ms, SDNN {known['sdnn_ms']:.0f} ms, "
+        f"pNN50 {known['pnn50']:.0%}"
+    )
+
+
 def _change(alert: messages.Alert) -> Text:
     """Say a transition: an alert by its state, and what it was about."""
     style = "green" if alert.state in _OVER else "bold red"
     name = "ALERT" if alert.state == "active" else alert.state
     return Text.assemble(
         (f"{_clock(alert.seconds)}  ", "dim"),
-        (f"{name:12}", style),
-        f"{plain(alert.rule)}: {alert.value:g}, limit {alert.limit:g}",
+        (f"{name:11} ", style),
+        f"{plain(alert.rule)}: {alert.value:.3g}, limit {alert.limit:g}",
+        f", by {alert.actor}" if alert.actor else "",
     )
 
 

@@ -46,6 +46,9 @@ def test_the_demonstration_finds_beats_and_raises_an_alert() -> None:
     assert report["beats_by_class"]["V"] > 40
     assert 60 < report["heart_rate_bpm"] < 140
     assert sum(report["alerts_raised"].values()) > 0
+    assert report["alerts_by_state"]["acknowledged"] > 0
+    assert sum(report["signal_quality_s"].values()) > 290
+    assert report["known_at_end"]["quality"] in (0, 1, 2)
     assert report["acknowledged"] == report["chunks"] == 600
     assert 0 < report["latency"]["p50_ms"] <= report["latency"]["p99_ms"]
     assert report["latency"]["results"] >= report["beats"] - 2  # two may be the flush's
@@ -71,9 +74,16 @@ def beat(seconds: float, label: str) -> m.Beat:
     return m.Beat("s", index, seconds, label, 0.9, index + 100, 75.0)
 
 
-def alert(seconds: float, state: Any) -> m.Alert:
+def alert(
+    seconds: float, state: Any, rule: str = "ventricular_run", priority: Any = "high", **more: Any
+) -> m.Alert:
     index = round(seconds * RATE_HZ)
-    return m.Alert("s", "ventricular_run", state, "high", 3.0, 3.0, index, seconds, index)
+    return m.Alert("s", rule, state, priority, 3.0, 3.0, index, seconds, index, **more)
+
+
+def second(seconds: float, **values: float) -> m.Measures:
+    index = round(seconds * RATE_HZ)
+    return m.Measures("s", index, seconds, index, {"flat_line": 0.0} | values)
 
 
 def tally() -> picture.Tally:
@@ -119,6 +129,64 @@ def test_the_screen_shows_beats_rate_counts_and_alerts() -> None:
         assert part in text.getvalue()
     assert "\u25cf ventricular run" in text.getvalue()
     assert "1:10 / 1:40" in text.getvalue()
+
+
+VARIABILITY = {"rmssd_ms": 31.4, "sdnn_ms": 40.0, "pnn50": 0.034}
+
+
+def test_plain_lines_tell_the_signal_and_the_rhythm_when_they_change() -> None:
+    text = io.StringIO()
+    one = tally()
+    for message in (
+        second(5, quality=2.0),
+        second(6, quality=1.0, rhythm_n=0.2, rhythm_a=0.8),
+        second(12, quality=1.0, rhythm_n=0.2, rhythm_a=0.8),
+        second(71, rhythm_n=0.9, rhythm_a=0.1, af_suspected=0.6, **VARIABILITY),
+    ):
+        one.take(message)
+    with picture.Lines(Console(file=text, width=40), RECORDING, one, 1.0) as show:
+        show()
+    assert [line for line in text.getvalue().splitlines() if line.startswith("  ")] == [
+        "      signal poor, rhythm AF",
+        "      signal -, rhythm normal, AF suspected, RMSSD 31 ms, SDNN 40 ms, pNN50 3%",
+    ]
+
+
+def test_the_screen_shows_signal_rhythm_variability_and_alerts_in_24_rows() -> None:
+    text = io.StringIO()
+    console = Console(file=text, width=80, height=24, force_terminal=True, color_system=None)
+    one = with_voice(tally())
+    for message in (
+        second(71, quality=1.0, rhythm_n=0.75, af_suspected=0.1, **VARIABILITY),
+        alert(71, "pending", "poor_signal", "low"),
+        alert(71, "active", "bradycardia", "medium"),
+        alert(72, "latched", "asystole", cannot_monitor=()),
+        alert(72, "active", "lead_off", "medium", cannot_monitor=("asystole", "bigeminy")),
+    ):
+        one.take(message)
+    with picture.Screen(console, RECORDING, one, 20.0) as show:
+        show()
+    lines = text.getvalue().split("\u256d")[-1].splitlines()
+    assert len(lines) <= 24
+    shown = "\n".join(lines)
+    assert "signal poor   rhythm normal 75%, AF not suspected" in shown
+    assert "variability RMSSD 31 ms, SDNN 40 ms, pNN50 3%" in shown
+    assert re.findall(r"\u25cf (\w[\w ]*?) +(\w+) +(high|medium|low)", shown) == [
+        ("asystole", "latched", "high"),
+        ("bradycardia", "active", "medium"),
+        ("lead off", "active", "medium"),
+        ("poor signal", "pending", "low"),
+    ]
+    assert re.search(r"lead off +active +medium 1:12  cannot monitor", shown)
+    assert "voice  It was the best of times. it was the wor" in shown
+
+
+def test_an_alert_that_is_over_stays_in_sight_for_ten_seconds() -> None:
+    one = tally()  # a run that is over at 10.1 s
+    one.take(second(20.0))
+    assert [each.state for each in one.in_sight()] == ["resolved"]
+    one.take(second(20.2))
+    assert one.in_sight() == []
 
 
 def test_a_signal_is_drawn_where_its_values_are() -> None:
