@@ -40,6 +40,7 @@ LANES_PER_RECORD = 2
 CLIP = 1.0  # gradient norm
 # Torch's own float32 is 1e-5 from its float64 in some of the states of a trained network.
 TOLERANCE = 5e-5
+TAUGHT = 0.4  # share of a run that began with weights of another, in the mean of the two
 CLASS_LOSS = 0.3  # of the sum: the loss per beat is several times the loss per frame
 
 LEADS = 2
@@ -196,6 +197,14 @@ def provenance(seed: int, command: str) -> str:
     )
 
 
+def _blend(taught: Tensor, begun: Tensor | None) -> Tensor:
+    """Return weights between those that a run began with and those that it came to.
+
+    The mean keeps what both are good at (Wortsman et al. 2022, WiSE-FT): training/LOG.md.
+    """
+    return taught if begun is None else begun + TAUGHT * (taught - begun)
+
+
 def main() -> None:
     arguments = _parse()
     torch.set_num_threads(arguments.threads)
@@ -210,12 +219,16 @@ def main() -> None:
         LANES_PER_RECORD,
     )
     validation = whole([data.read(arguments.data, name) for name in data.VALIDATION], model.spec)
+    begun: dict[str, Tensor] = {}
+    if arguments.begin:
+        begun = torch.load(arguments.begin, weights_only=True)["state_dict"]
+        model.load_state_dict(begun)
     trainer = make_trainer(arguments.runs, arguments.epochs, arguments.patience)
     last = arguments.runs / "last.ckpt"
     heart = HeartData(make_lanes, validation, arguments.seed)
     trainer.fit(model, heart, ckpt_path=last if arguments.resume else None)
-    best = torch.load(arguments.runs / "best.ckpt", weights_only=True)
-    model.load_state_dict(best["state_dict"])
+    best = torch.load(arguments.runs / "best.ckpt", weights_only=True)["state_dict"]
+    model.load_state_dict({name: _blend(value, begun.get(name)) for name, value in best.items()})
     command = "python -m training.heart " + shlex.join(sys.argv[1:])
     spec = statement(model.net, provenance(arguments.seed, command.strip()))
     export(model.net, spec, arguments.output, TOLERANCE)
@@ -235,6 +248,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--begin", type=Path, help="checkpoint whose weights to begin with; the mean is exported"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     return parser.parse_args()
 
