@@ -35,7 +35,16 @@ class BeatNetConfig(NamedTuple):
 
 
 class BeatNet(nn.Module):
-    """Convolutions over a beat, a GRU over beats, two heads.
+    """Patches of a beat, a GRU over beats, two heads.
+
+    Parameters
+    ----------
+    config : BeatNetConfig
+    favour : (classes,) float32, optional
+        How much more of each class than it has the network was taught with, as a weight of its
+        loss: in what it says, the odds are divided by it again.
+    against : (rhythms, classes) float32, optional
+        What is taken from the logit of a class where a rhythm is sure.
 
     Attributes
     ----------
@@ -43,9 +52,21 @@ class BeatNet(nn.Module):
         Each state's name and the shape of its row, in the order of ``forward``.
     """
 
-    def __init__(self, config: BeatNetConfig) -> None:
+    favour: Tensor
+    against: Tensor
+
+    def __init__(
+        self,
+        config: BeatNetConfig,
+        favour: Tensor | None = None,
+        against: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
+        favour = torch.ones(config.classes) if favour is None else favour
+        against = torch.zeros(config.rhythms, config.classes) if against is None else against
+        self.register_buffer("favour", favour, persistent=False)
+        self.register_buffer("against", against, persistent=False)
         self.state_shapes = {
             "beats": (2,),  # beats and intervals seen, at most 1000
             "amplitude": (LEADS,),
@@ -82,8 +103,10 @@ class BeatNet(nn.Module):
             Probabilities.
         new_states
         """
-        beat_class, rhythm, new = self.logits(x, *states)
-        return beat_class.softmax(2), rhythm.softmax(2), *new
+        beat_class, logits, new = self.logits(x, *states)
+        rhythm = logits.softmax(2)
+        beat_class = beat_class - self.favour.log() - rhythm @ self.against
+        return beat_class.softmax(2), rhythm, *new
 
     def logits(self, x: Tensor, *states: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """As ``forward``, without the softmax: what a loss wants."""
