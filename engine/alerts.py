@@ -115,11 +115,19 @@ class Subject:
         if watches:
             self._pass_time()
         for rule in self._rules.values():
-            raised = _read(rule.raised, values, known)
             watch = watches.get(rule.name)
             if watch is None:
+                measure, _, limit, compare = rule.raised[0]
+                value = values.get(measure)
+                # As most often: told anew, and not so that it could raise anything.
+                if value is not None and not compare(value, limit):
+                    continue
+                if value is None and len(rule.raised) == 1:
+                    continue
+            raised = _read(rule.raised, values, known)
+            if watch is None:
                 if not raised or self._blocked(stream, rule):
-                    continue  # as most often
+                    continue
                 watch = watches[rule.name] = self._watch(stream, rule)
             cleared = _read(rule.cleared, values, known)
             if raised is None and cleared is None:

@@ -188,7 +188,9 @@ class Server:
 
     def _send(self) -> None:
         for topic, body in self.engine.published:
-            self._subscribers.send_multipart((topic, body))
+            # Each by itself: `send_multipart` looks at every part first, and takes three times as long.
+            self._subscribers.send(topic, zmq.SNDMORE)
+            self._subscribers.send(body)
         self.engine.published.clear()
         for peer_id, body in self.engine.turned_away:
             with contextlib.suppress(zmq.ZMQError):  # nobody's loss if it is gone or does not read
