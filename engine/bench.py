@@ -9,12 +9,12 @@ import math
 import os
 import random
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -54,6 +54,17 @@ def recording() -> Signal:
         raise MurmurError("bench needs a recording: pip install 'murmur-engine[ecg]'") from None
     samples, rate_hz = get_toy_ecg()
     return Signal(np.ascontiguousarray(samples, np.float32), float(rate_hz), "mV")
+
+
+def leads(count: int) -> Signal:
+    """Return that recording with further leads made of it: smaller, inverted and a little later.
+
+    What they show does not matter here, only that they are as many and have the same beats.
+    """
+    one = recording()
+    late = round(0.01 * one.rate_hz)
+    made = [(-0.6) ** k * np.roll(one.samples, k * late) for k in range(count)]
+    return one._replace(samples=np.stack(made, axis=1).astype(np.float32))
 
 
 def speech(manifests: Sequence[Path], split: str | None = None, seconds: float = 300.0) -> Signal:
@@ -99,9 +110,7 @@ def overhead(
         for _ in range(rounds):
             outcome, spent = _counted(load, server, seconds)
             chunks = outcome.chunks
-            burst = max(1, round(spent.runs.total() / spent.steps))
-            paced = _bare_cpu_seconds(loaded, spent.runs, burst, seconds)
-            hot = _bare_cpu_seconds(loaded, spent.runs, burst, 0.0)
+            paced, hot = (_bare_cpu_seconds(loaded, spent, s) for s in (seconds, 0.0))
             results.append(
                 {
                     "ratio": spent.cpu_seconds / paced,
@@ -109,7 +118,7 @@ def overhead(
                     "server_us_per_chunk": spent.cpu_seconds / chunks * 1e6,
                     "bare_us_per_chunk": paced / chunks * 1e6,
                     "hot_us_per_chunk": hot / chunks * 1e6,
-                    "rows_per_run": spent.rows_per_run,
+                    "rows_per_run": spent.rows_per_run(loaded.spec.name),
                 }
             )
         load.close()
@@ -142,7 +151,39 @@ def load(model: str = "heart", streams: int = 1000, seconds: float = 30) -> Repo
         "generator_late_sends": outcome.late_sends / outcome.chunks,
         "server_cpu_cores": spent.cpu_seconds / outcome.seconds,
         "cpu_us_per_stream_second": spent.cpu_seconds / outcome.seconds / streams * 1e6,
-        "rows_per_run": spent.rows_per_run,
+        "rows_per_run": spent.rows_per_run(loaded.spec.name),
+    }
+
+
+def ecg(
+    model: str = "heart", seconds: float = 20.0, tell: Callable[[str], None] = lambda _: None
+) -> Report:
+    """Tell how many ECG streams one core carries, and what that costs beside the bare models.
+
+    Streams of as many leads as the model reads, in chunks of 0.5 s, through all that there is:
+    filters, signal quality, beats and their classes, rhythm, alerts. After the search, which is
+    that of :func:`capacity`, the server carries as many streams once more, and then a bare loop on
+    the same core makes the ONNX Runtime calls that it made, of all its models.
+    """
+    loaded = model_file.load(model)
+    signal = leads(loaded.spec.input.channels)
+    report = capacity(model, chunk_s=CHUNK_S, seconds=seconds, tell=tell, signal=signal)
+    streams = report["streams"]
+    tell(f"{streams} streams beside the bare models ...")
+    spent = _on_one_core(model, loaded, signal, streams, CHUNK_S, seconds).spent
+    with pinned({_cores()[0]}):
+        paced, hot = (_bare_cpu_seconds(loaded, spent, s) for s in (seconds, 0.0))
+    each_us = 1e6 / seconds / streams
+    return {
+        "figure": report["figure"],
+        "what": f"ECG streams of {signal.channels} leads in real time that one core carries",
+        "ratio_to_bare_models": spent.cpu_seconds / paced,
+        "ratio_to_hot_loop": spent.cpu_seconds / hot,
+        "server_us_per_stream_second": spent.cpu_seconds * each_us,
+        "bare_us_per_stream_second": paced * each_us,
+        "hot_us_per_stream_second": hot * each_us,
+        "rows_per_call": {name: spent.rows_per_run(name) for name in spent.runs},
+        **{key: value for key, value in report.items() if key not in ("figure", "what")},
     }
 
 
@@ -153,6 +194,7 @@ def capacity(
     chunk_s: float = 0.1,
     seconds: float = 20.0,
     tell: Callable[[str], None] = lambda _: None,
+    signal: Signal | None = None,
 ) -> Report:
     """Tell how many streams one core carries in real time: the whole server, the load elsewhere.
 
@@ -174,12 +216,15 @@ def capacity(
         Of each run.
     tell : callable
         Takes a line before each run.
+    signal : Signal, optional
+        What the streams play, instead.
     """
     loaded = model_file.load(model)
     is_speech = loaded.spec.pipeline == "speech"
     names = ("commands", "digits") if loaded.spec.name == "words" else ("librispeech",)
     data = data or [RECORDINGS / name for name in names]
-    signal = speech(data, split) if is_speech else recording()
+    if signal is None:
+        signal = speech(data, split) if is_speech else recording()
     runs: list[Report] = []
     enough, too_many, wanted = 0, math.inf, _FIRST_STREAMS
     while wanted > enough and len(runs) < _MOST_RUNS:
@@ -208,25 +253,46 @@ def capacity(
     }
 
 
-def _carry(
-    model: str, loaded: Model, signal: Signal, streams: int, chunk_s: float, seconds: float
-) -> Report:
-    """Pace some streams against a server on a core of its own, and say what that took."""
+class Carried(NamedTuple):
+    """What a server on a core of its own was seen to do."""
+
+    outcome: Outcome
+    spent: Counts
+    resident_bytes: float
+
+
+def _cores() -> list[int]:
+    """Return the cores that there are, that of the server first."""
     first, *others = sorted(os.sched_getaffinity(0), reverse=True)
     if not others:
         raise MurmurError("expected two cores, one of them for the load, found one")
+    return [first, *others]
+
+
+def _on_one_core(
+    model: str, loaded: Model, signal: Signal, streams: int, chunk_s: float, seconds: float
+) -> Carried:
+    """Pace some streams against a server on a core of its own, the load on the others."""
+    first, *others = _cores()
     with ExitStack() as stack:
         with pinned({first}):
             server = stack.enter_context(serving(model, max_load=1e9, max_streams=streams))
         stack.enter_context(pinned(set(others)))
         chunk = round(chunk_s * signal.rate_hz)
-        try:
-            generator = Load(server.address, loaded.spec.name, signal, streams, chunk)
-            stack.callback(generator.close)
-            outcome, spent = _counted(generator, server, seconds)
-        except (Refused, Disconnected) as error:
-            return {"streams": streams, "in_time": False, "why": str(error)}
-        resident = server.counts().resident_bytes
+        generator = Load(server.address, loaded.spec.name, signal, streams, chunk)
+        stack.callback(generator.close)
+        outcome, spent = _counted(generator, server, seconds)
+        return Carried(outcome, spent, server.counts().resident_bytes)
+
+
+def _carry(
+    model: str, loaded: Model, signal: Signal, streams: int, chunk_s: float, seconds: float
+) -> Report:
+    """Pace some streams against a server on a core of its own, and say what that took."""
+    try:
+        outcome, spent, resident = _on_one_core(model, loaded, signal, streams, chunk_s, seconds)
+    except (Refused, Disconnected) as error:
+        return {"streams": streams, "in_time": False, "why": str(error)}
     cpu = spent.cpu_seconds / outcome.seconds
     live, finals = _percentiles(outcome.latency), _percentiles(outcome.final_latency)
     return {
@@ -243,7 +309,7 @@ def _carry(
         "finals": len(outcome.final_latency),
         "hops_late": spent.missed_deadlines / spent.rows,
         "generator_late_sends": outcome.late_sends / outcome.chunks,
-        "rows_per_run": spent.rows_per_run,
+        "rows_per_run": spent.rows_per_run(loaded.spec.name),
         "resident_mb": resident / 2**20,
     }
 
@@ -334,9 +400,10 @@ def parity(model: str = "heart", seconds: float = 60.0, streams: int = 40) -> Re
     ``resumed``: that loop, its carried rows taken out and put into new arrays at every step.
     """
     loaded = model_file.load(model)
-    samples = _repeated(recording(), loaded, seconds)
+    samples = _repeated(leads(loaded.spec.input.channels), loaded, seconds)
     rng = np.random.default_rng(0)
-    others = [np.roll(samples, int(place)) * 3 for place in rng.integers(0, len(samples), streams)]
+    places = rng.integers(0, len(samples), streams).tolist()
+    others = [np.roll(samples, place, axis=0) * 3 for place in places]
     whole = _run_engine(loaded, [samples], None)[0]
     cut = _run_engine(loaded, [samples], rng)[0]
     batched = _run_engine(loaded, [samples, *others], rng)[0]
@@ -356,10 +423,10 @@ def parity(model: str = "heart", seconds: float = 60.0, streams: int = 40) -> Re
 
 
 def _repeated(signal: Signal, model: Model, seconds: float) -> NDArray[np.float32]:
-    """Return a stretch of a recording, taken at the model's rate whatever its own is."""
+    """Return a stretch of a recording, (samples, channels), taken at the model's rate."""
     count = round(seconds * model.spec.input.rate_hz)
     whole_hops = count - count % model.spec.hop_samples
-    return np.resize(signal.samples, whole_hops).astype(np.float32)
+    return np.resize(signal.samples, (whole_hops, signal.channels)).astype(np.float32)
 
 
 def _run_engine(
@@ -374,7 +441,8 @@ def _run_engine(
     engine = Engine([(scored, runtime)], limits, Metrics())
     rate_hz, unit = spec.input.rate_hz, spec.input.unit
     requests: list[messages.Message] = [messages.Hello(messages.VERSION)]
-    requests += [messages.Open(f"s{k}", spec.name, rate_hz, unit) for k in range(count)]
+    channels = spec.input.channels
+    requests += [messages.Open(f"s{k}", spec.name, rate_hz, unit, channels) for k in range(count)]
     engine.receive(b"bench", messages.body([messages.encode(r) for r in requests]), 0.0)
     told: list[dict[str, list[bytes]]] = [defaultdict(list) for _ in signals]
     places, seqs, now = [0] * count, [0] * count, 0.0
@@ -418,7 +486,7 @@ def _run_loop(
             front = Front(spec, 1)
             front.put(0, carried)
             rows = np.frombuffer(rows.tobytes(), np.float32).reshape(rows.shape).copy()
-        hop = samples[None, start : start + spec.hop_samples, None]
+        hop = samples[None, start : start + spec.hop_samples]
         for name, value in step.run(rows, front.push(slot, hop)).items():
             told[name].append(value.tobytes())
     return {name: np.frombuffer(b"".join(parts), np.float32) for name, parts in told.items()}
@@ -452,38 +520,37 @@ def _percentiles(latency: NDArray[np.float64]) -> dict[str, float]:
     return {f"p{p}_ms": float(v) for p, v in zip((50, 95, 99), values, strict=True)}
 
 
-def _bare_cpu_seconds(
-    model: Model, runs: Counter[tuple[int, int]], burst: int, seconds: float
-) -> float:
-    """Return the CPU time of the same ONNX Runtime calls, nothing around them.
+def _bare_cpu_seconds(model: Model, spent: Counts, seconds: float) -> float:
+    """Return the CPU time of the ONNX Runtime calls that a server made, nothing around them.
 
     Parameters
     ----------
     model : Model
-    runs : Counter
-        Calls by their rows and hops.
-    burst : int
-        Calls that follow one another at once.
+        With that which names beats, if it has one.
+    spent : Counts
+        Calls of each model by their rows and hops; as many follow one another at once as there
+        were in a step.
     seconds : float
         Time over which to spread the bursts; 0: as fast as it goes.
     """
     rng = np.random.default_rng(0)
-    feeds = {call: [_feed(model, *call, rng) for _ in range(8)] for call in runs}
-    bursts = [
-        [call] * min(burst, count - start)
-        for call, count in runs.items()
-        for start in range(0, count, burst)
-    ]
+    bursts: list[tuple[Model, list[dict[str, NDArray[np.float32]]], int]] = []
+    for one in (model, *([model.beats] if model.beats else [])):
+        runs = spent.runs[one.spec.name]
+        burst = max(1, round(runs.total() / spent.steps))
+        for call, count in runs.items():
+            feeds = [_feed(one, *call, rng) for _ in range(8)]
+            bursts += [(one, feeds, min(burst, count - k)) for k in range(0, count, burst)]
     random.Random(0).shuffle(bursts)
-    session, names = model.sessions[0], [node.name for node in model.sessions[0].get_outputs()]
-    begin, spent = time.monotonic(), 0.0
-    for number, calls in enumerate(bursts):
+    begin, cpu = time.monotonic(), 0.0
+    for number, (one, feeds, count) in enumerate(bursts):
         time.sleep(max(0.0, begin + number * seconds / len(bursts) - time.monotonic()))
+        session, names = one.sessions[0], [node.name for node in one.sessions[0].get_outputs()]
         before = time.process_time()
-        for call in calls:
-            session.run(names, feeds[call][number % 8])
-        spent += time.process_time() - before
-    return spent
+        for _ in range(count):
+            session.run(names, feeds[number % 8])
+        cpu += time.process_time() - before
+    return cpu
 
 
 def _bare_steps(model: Model, count: int) -> list[float]:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -26,7 +26,7 @@ class Counts(NamedTuple):
     rows: float  # hops of a stream
     steps: float
     missed_deadlines: float
-    runs: Counter[tuple[int, int]]  # ONNX Runtime calls by their rows and hops
+    runs: dict[str, Counter[tuple[int, int]]]  # ONNX Runtime calls of each model, by rows and hops
     step_seconds: float  # of all steps together
 
     def since(self, before: "Counts") -> "Counts":
@@ -37,13 +37,13 @@ class Counts(NamedTuple):
             self.rows - before.rows,
             self.steps - before.steps,
             self.missed_deadlines - before.missed_deadlines,
-            self.runs - before.runs,
+            {model: runs - before.runs[model] for model, runs in self.runs.items()},
             self.step_seconds - before.step_seconds,
         )
 
-    @property
-    def rows_per_run(self) -> float:
-        return sum(rows * count for (rows, _), count in self.runs.items()) / self.runs.total()
+    def rows_per_run(self, model: str) -> float:
+        runs = self.runs[model]
+        return sum(rows * count for (rows, _), count in runs.items()) / runs.total()
 
 
 class ServerProcess:
@@ -87,11 +87,12 @@ class ServerProcess:
         with urllib.request.urlopen(self.endpoints["metrics"], timeout=10) as answer:
             text = answer.read().decode()
         values: dict[str, float] = {}
-        runs: Counter[tuple[int, int]] = Counter()
+        runs: dict[str, Counter[tuple[int, int]]] = defaultdict(Counter)
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 if sample.name == "murmur_runs_total":
-                    runs[int(sample.labels["rows"]), int(sample.labels["hops"])] = int(sample.value)
+                    call = int(sample.labels["rows"]), int(sample.labels["hops"])
+                    runs[sample.labels["model"]][call] = int(sample.value)
                 elif not sample.labels:
                     values[sample.name] = sample.value
         return Counts(

@@ -827,6 +827,18 @@ def bench_capacity(
     )
 
 
+@bench_app.command("ecg")
+def bench_ecg(
+    model: Model = "heart",
+    seconds: Annotated[float, typer.Option(min=1, help="Of each of some runs.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """ECG streams of all the model's leads that one core carries: the whole pipeline."""
+    from engine import bench
+
+    _report(lambda: bench.ecg(model, seconds, _tell_ready), as_json)
+
+
 @bench_app.command("parity")
 def bench_parity(model: Model = "heart", as_json: Json = False) -> None:
     """Largest difference: cut against whole, batched against alone, resumed against unbroken."""

@@ -305,13 +305,14 @@ def _voice(tally: Tally, played: Played | None) -> dict[str, Any] | None:
 
 
 def _batches(counts: Counts) -> dict[str, Any]:
-    runs = counts.runs.total()
+    calls = counts.runs["heart"]
+    runs = calls.total()
     return {
         "runs": runs,
-        "rows_per_run": counts.rows_per_run if runs else None,
-        "hops_per_run": counts.rows / runs if runs else None,
+        "rows_per_run": counts.rows_per_run("heart") if runs else None,
+        "hops_per_run": sum(hops * n for (_, hops), n in calls.items()) / runs if runs else None,
         "by_rows_and_hops": {
-            f"{rows}x{hops}": count for (rows, hops), count in sorted(counts.runs.items())
+            f"{rows}x{hops}": count for (rows, hops), count in sorted(calls.items())
         },
     }
 

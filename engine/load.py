@@ -24,9 +24,13 @@ _LEARNING_S = 2.0
 class Signal(NamedTuple):
     """A recording that every stream plays, each from another place."""
 
-    samples: NDArray[np.float32]  # (samples,)
+    samples: NDArray[np.float32]  # (samples,), or (samples, channels) of several
     rate_hz: float
     unit: str
+
+    @property
+    def channels(self) -> int:
+        return 1 if self.samples.ndim == 1 else self.samples.shape[1]
 
 
 class Outcome(NamedTuple):
@@ -158,7 +162,8 @@ class Load:
 
     def _open(self, model: str) -> None:
         for number, name in enumerate(self._names):
-            request = messages.Open(name, model, self._signal.rate_hz, self._signal.unit)
+            signal = self._signal
+            request = messages.Open(name, model, signal.rate_hz, signal.unit, signal.channels)
             self._socket(number).send(_body(request))
             if number % 256 == 0:
                 self._receive(0.001)

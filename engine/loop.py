@@ -167,7 +167,7 @@ class Engine:
             wing = WINGS[spec.pipeline](model, rows, wake)
             self._models[spec.name] = model
             self._lanes[spec.name] = Lane(spec, runtime, wing, rows, limits.credit_s)
-            metrics.runs.append(runtime.runs)
+            metrics.runs |= {spec.name: runtime.runs, **wing.runs}
             terms[spec.name] = Terms(
                 rows,
                 runtime.max_rows,

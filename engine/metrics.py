@@ -51,7 +51,7 @@ class Metrics(Collector):
         self.late = 0
         self.rows = 0  # hops of a stream that were stepped
         self.missed_deadlines = 0
-        self.runs: list[Counter[tuple[int, int]]] = []  # of each model: calls by rows and hops
+        self.runs: dict[str, Counter[tuple[int, int]]] = {}  # of each model: by rows and hops
         self.dropped_peers = 0  # that did not read, or died
         self.audit_lost = 0
         self.refused: Counter[str] = Counter()  # by code
@@ -77,9 +77,11 @@ class Metrics(Collector):
             yield CounterMetricFamily(f"murmur_{name}", text, value=value)
         yield _labelled("murmur_refused", "messages not accepted", "code", self.refused.items())
         yield _labelled("murmur_results", "results told", "type", self.results.items())
-        runs = CounterMetricFamily("murmur_runs", "calls of the models", labels=["rows", "hops"])
-        for (rows, hops), count in sorted(sum(self.runs, Counter()).items()):
-            runs.add_metric([str(rows), str(hops)], count)
+        labels = ["model", "rows", "hops"]
+        runs = CounterMetricFamily("murmur_runs", "calls of the models", labels=labels)
+        for model, calls in self.runs.items():
+            for (rows, hops), count in sorted(calls.items()):
+                runs.add_metric([model, str(rows), str(hops)], count)
         yield runs
         yield self.batch_rows.family("murmur_batch_rows", "rows of a step")
         yield self.step_seconds.family("murmur_step_seconds", "seconds of a step")

@@ -5,7 +5,9 @@ the outputs of one step for some rows, and returns the results to be told. :clas
 and :class:`AudioWing` serve any model; ``engine/heart`` is a wing of its own.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -15,6 +17,8 @@ from engine.messages import Gapped, Message, Open, Samples, Scores
 from engine.model_file import ModelSpec
 
 Outputs = Mapping[str, NDArray[np.float32]]
+Runs = Mapping[str, Counter[tuple[int, int]]]
+NO_RUNS: Runs = MappingProxyType({})
 
 
 class Timeline(Protocol):
@@ -52,10 +56,13 @@ class Wing(Protocol):
         cause; so much is appended at a flush.
     share : float
         Of the machine that a stream takes beside the model's steps.
+    runs : mapping of str to Counter
+        Calls of further models that the wing makes, by their rows and hops.
     """
 
     delay: int
     share: float
+    runs: Runs
 
     def open(self, slot: int, timeline: Timeline, request: Open) -> None:
         """Begin a stream, with what its open asks for; a reset follows.
@@ -93,6 +100,7 @@ class PromptWing:
     """What the wings have in common that tell all with the step that it came of."""
 
     share = 0.0
+    runs = NO_RUNS
 
     def open(self, slot: int, timeline: Timeline, request: Open) -> None:
         """Nothing is asked for."""

@@ -6,11 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import soundfile
 from typer.testing import CliRunner
 
-from engine import bench
+from engine import bench, model_file
 from engine.cli import app
 from engine.errors import MurmurError
 from engine.runtime import CpuRuntime
@@ -143,6 +144,36 @@ def test_capacity_of_a_model_of_speech(tmp_path: Path, monkeypatch: pytest.Monke
     assert report["results"] > 0
     assert report["final_p99_ms"] >= report["final_p50_ms"] > 0
     assert os.sched_getaffinity(0) == before
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+@pytest.mark.usefixtures("impatient")
+def test_the_cost_of_an_ecg_stream_stands_beside_that_of_the_bare_models(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A real server, streams of all leads, and the calls of both models."""
+    monkeypatch.setattr(bench, "_MOST_RUNS", 1)
+    monkeypatch.setattr(bench, "_LATE_MS", math.inf)
+    loaded = model_file.load("heart")
+    channels = loaded.spec.input.channels
+    report = murmur_bench("ecg", "--seconds", 3)
+    assert report["streams"] == 8
+    assert f"of {channels} leads" in report["what"]
+    assert report["ratio_to_bare_models"] > 1
+    assert report["ratio_to_bare_models"] == pytest.approx(
+        report["server_us_per_stream_second"] / report["bare_us_per_stream_second"]
+    )
+    names = [model.spec.name for model in (loaded, loaded.beats) if model]
+    assert [*report["rows_per_call"]] == names
+    assert all(1 <= rows <= 8 for rows in report["rows_per_call"].values())
+
+
+def test_further_leads_have_the_beats_of_the_first() -> None:
+    one, two = bench.recording(), bench.leads(2)
+    assert (two.channels, two.samples.shape) == (2, (len(one.samples), 2))
+    np.testing.assert_array_equal(two.samples[:, 0], one.samples)
+    late = round(0.01 * one.rate_hz)
+    np.testing.assert_allclose(two.samples[late:, 1], -0.6 * one.samples[:-late], atol=1e-6)
 
 
 def test_a_model_that_cannot_be_loaded_fails_the_command(tmp_path: Path) -> None:

@@ -216,7 +216,7 @@ SUMMARY = replay.Summary(
     closed="closed",
     latency=None,
 )
-COUNTS = Counts(1.0, 1.0, 6.0, 2.0, 0.0, Counter({(1, 3): 2}), 0.1)
+COUNTS = Counts(1.0, 1.0, 6.0, 2.0, 0.0, {"heart": Counter({(1, 3): 2})}, 0.1)
 WELL = demo.Ended(demo.Played(SUMMARY, 0, ""), COUNTS, 0, "")
 
 

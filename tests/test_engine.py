@@ -260,7 +260,7 @@ def test_many_streams_of_two_models_are_each_as_alone(
     driven.run()
     for name, signal in signals.items():
         assert_scores(driven, name, reference(paths[model[name]], signal), ends(300))
-    assert max(rows for runs in driven.metrics.runs for rows, _ in runs) > 8
+    assert max(rows for runs in driven.metrics.runs.values() for rows, _ in runs) > 8
 
 
 # --- slots ---------------------------------------------------------------------------------------

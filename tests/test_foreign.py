@@ -134,7 +134,7 @@ def test_silero_in_batches_is_silero_by_its_own_loop_bit_for_bit(voices: list[Si
     for voice, heard in zip(voices, told, strict=True):
         expected = speech_by_silero(voice)
         np.testing.assert_array_equal(scores(heard, len(expected)), expected)
-    (runs,) = driven.metrics.runs
+    (runs,) = driven.metrics.runs.values()
     assert max(rows for rows, _ in runs) == len(voices)
 
 
@@ -232,7 +232,7 @@ def test_dtln_is_dtln_by_its_own_loop_bit_for_bit(dtln: Path, voices: list[Signa
         expected = denoised_by_dtln(voice)[384:]
         np.testing.assert_array_equal(found[: len(expected)], expected)
         assert np.abs(expected).max() > 0.01
-    (runs,) = driven.metrics.runs
+    (runs,) = driven.metrics.runs.values()
     assert set(runs) == {(1, 1)}
 
 

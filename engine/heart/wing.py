@@ -72,6 +72,7 @@ class HeartWing(PromptWing):
                 naming.spec, spec.beats, naming.stepper, num_slots, found_after
             )
             self.delay = max(self.delay, self.classifier.after)
+            self.runs = {naming.spec.name: naming.stepper.runs}
         self._heard: dict[int, dict[str, float]] = {}  # the rhythm that the last beat told
         self.seconds = Seconds(self._rate_hz, channels, num_slots)
         self.quality = Quality(self._rate_hz, channels)

@@ -32,7 +32,7 @@ from engine.speech.ctc import BLANK, SEPARATOR, GreedyDecoder, Spoken
 from engine.speech.endpoint import LATE_LETTER_S, Endpoint, Endpointer, Reason
 from engine.speech.language import LabelModel, WordModel
 from engine.speech.second_pass import RATE_HZ, SecondPass, Transcript
-from engine.wing import Outputs, Rows, Timeline
+from engine.wing import NO_RUNS, Outputs, Rows, Timeline
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +139,8 @@ class SpeechWing:
     wake : callable
         Called from another thread when there may be something to :meth:`collect`.
     """
+
+    runs = NO_RUNS
 
     def __init__(self, model: Model, num_slots: int, wake: Callable[[], None]) -> None:
         spec = model.spec
