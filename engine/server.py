@@ -188,7 +188,7 @@ class Server:
 
     def _send(self) -> None:
         for topic, body in self.engine.published:
-            # Each by itself: `send_multipart` looks at every part first, and takes three times as long.
+            # Each by itself: `send_multipart` looks at every part first, in three times the time.
             self._subscribers.send(topic, zmq.SNDMORE)
             self._subscribers.send(body)
         self.engine.published.clear()
