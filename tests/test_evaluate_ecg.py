@@ -151,10 +151,10 @@ def test_losses_that_cannot_be_meant_are_refused() -> None:
 
 
 def test_a_record_that_the_server_refuses_is_its_own_fault(heart: str) -> None:
-    wrong = signal()._replace(samples=np.zeros((360, 2), np.float32), name="wide")
+    wrong = signal()._replace(samples=np.zeros((360, 3), np.float32), name="wide")
     with Client(heart) as client:
         told = {one.name: one for one in ward.watch(client, [wrong, signal(3600)], Plan())}
-    assert "channels: expected 1, found 2" in told["wide"].fault
+    assert "found 3" in told["wide"].fault
     assert told["one"].fault == ""
     assert told["one"].missing == []
 

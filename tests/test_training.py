@@ -275,6 +275,7 @@ def test_a_server_tells_the_beats_that_streaming_finds() -> None:
     streamed = evaluate.stream(model_file.load("heart"), signals)
     for row, beats in enumerate(streamed):
         told = [one for one in heard[str(row)] if isinstance(one, messages.Beat)]
-        inside = [beat for beat in beats if beat.position < len(t)]
+        inside = [(beat.position, beat.probability) for beat in beats if beat.position < len(t)]
         assert len(told) > 15
-        assert [(one.index, one.label, one.probability, one.decided_at) for one in told] == inside
+        # Their classes come from another model (tests/test_classes.py).
+        assert [(one.index, one.probability) for one in told] == inside
