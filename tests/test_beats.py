@@ -152,3 +152,16 @@ def test_a_run_that_goes_on_equals_one_that_was_not_broken(
     resumed = beats.train([strip()], records, tmp_path / "broken.pt", 2, 5)
     for name, value in unbroken.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_what_the_loss_favoured_is_taken_back_and_fibrillation_speaks_against_early_beats() -> None:
+    torch.manual_seed(0)
+    plain = BeatNet(SMALL).eval()
+    made = BeatNet(SMALL, beats.CLASS_WEIGHTS, beats.AGAINST).eval()
+    made.load_state_dict(plain.state_dict())
+    x = torch.from_numpy(beats.inputs(strip().signal, strip().beats))[None]
+    with torch.no_grad():
+        taught, rhythm, *_ = plain(x, *plain.initial_states(1))
+        said, *_ = made(x, *made.initial_states(1))
+    odds = (said[..., 1] / said[..., 0]) / (taught[..., 1] / taught[..., 0])
+    torch.testing.assert_close(odds, torch.exp(-3.0 * rhythm[..., 1]) / 4.0)
