@@ -34,6 +34,9 @@ MICRO_BATCH = 32
 # what a stream carries leaves the caches as it is (docs/decisions.md).
 _LARGE_STATE = 2**18
 _FEW = 4
+# Micro-batches of a full step, also of one thread: what is done around the calls costs nearly as
+# much for 32 rows as for 64 (docs/decisions.md).
+_LEAST_PARTS = 2
 # Hops of one call, where several give the bits of one call each: enough for a chunk of a second,
 # few enough that a batch does not keep the loop from its sockets for long.
 _MAX_HOPS = 6
@@ -95,7 +98,8 @@ class CpuRuntime:
         self.runs: Counter[tuple[int, int]] = Counter()
         self.initial = initial_row(model.spec.states)
         self.num_slots = num_slots
-        self.micro_batch = _FEW if model.spec.state_size >= _LARGE_STATE else MICRO_BATCH
+        large = model.spec.state_size >= _LARGE_STATE
+        self.micro_batch = _FEW if large else MICRO_BATCH
         self.arena = np.empty((num_slots, len(self.initial)), np.float32)
         # Threads inherit the flush-to-zero flag that the first session set in this one.
         self._threads = threads
@@ -104,7 +108,8 @@ class CpuRuntime:
         self._pad_to = 1
         if model.batchable:
             self._keep_rows_apart()
-        self.max_rows = self.micro_batch * threads
+        parts = threads if large or self.single else max(threads, _LEAST_PARTS)
+        self.max_rows = self.micro_batch * parts
         self.micro_batch = 1 if self.single else self.micro_batch
         self.max_hops = 1 if self.single else self._hops_of_a_step()
         seconds = self._warm_up()
@@ -166,7 +171,7 @@ class CpuRuntime:
     def _estimate(self, rows: int, seconds: dict[int, float]) -> float:
         """Return the time of the micro-batches of a step, from that of the next larger bucket."""
         sizes = [part.stop - part.start for part in self._micro_batches(rows)]
-        rounds = 1 if rows == self.max_rows else len(sizes)
+        rounds = -(-len(sizes) // self._threads) if rows == self.max_rows else len(sizes)
         return rounds * next(taken for size, taken in seconds.items() if size >= max(sizes))
 
     def _micro_batches(self, rows: int) -> Iterator[slice]:

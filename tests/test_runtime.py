@@ -251,7 +251,7 @@ def decaying(folder: Path) -> Path:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_denormal_states_are_flushed_on_every_thread(tmp_path: Path, threads: int) -> None:
     """They would be 160-205 times slower; half of 1.5e-38 is the first of them."""
-    runtime = CpuRuntime(model_file.load(decaying(tmp_path)), MICRO_BATCH * threads, threads)
+    runtime = CpuRuntime(model_file.load(decaying(tmp_path)), 2 * MICRO_BATCH, threads)
     slots = np.arange(runtime.max_rows)
     for slot in slots:
         runtime.reset(slot)
@@ -263,6 +263,15 @@ def test_denormal_states_are_flushed_on_every_thread(tmp_path: Path, threads: in
 def test_the_time_of_a_step_is_known_for_every_number_of_rows(tiny_model: Model) -> None:
     runtime = CpuRuntime(tiny_model, 4, threads=2)
     assert all(runtime.step_seconds(rows) > 0 for rows in range(1, runtime.max_rows + 1))
+
+
+def test_two_micro_batches_take_twice_as_long_as_one_unless_two_threads_share_them(
+    tiny_model: Model,
+) -> None:
+    one, two = (CpuRuntime(tiny_model, 4, threads) for threads in (1, 2))
+    assert one.max_rows == two.max_rows == 2 * MICRO_BATCH
+    assert one.step_seconds(2 * MICRO_BATCH) == 2 * one.step_seconds(MICRO_BATCH)
+    assert two.step_seconds(2 * MICRO_BATCH) == two.step_seconds(MICRO_BATCH)
 
 
 def test_every_call_of_the_model_is_counted_by_its_rows(
