@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from engine.messages import Active, ActiveAlerts, Alert, AlertKind, AlertState, Priority
-from engine.rules import Condition, Rule, Rules, higher, holds
+from engine.rules import Condition, Index, Rule, Rules, higher, holds
 
 # Measures of what is missing, which a stream that is heard again shows to be over.
 _HEARD = {"gap_s": 0.0, "silence_s": 0.0, "stream_lost": 0.0}
@@ -98,10 +98,10 @@ class Memory(msgspec.Struct):
 class Subject:
     """The alerts of one subject; what its methods cause is left in ``told``."""
 
-    def __init__(self, name: str, rules: Rules, memory: Memory) -> None:
+    def __init__(self, name: str, rules: Rules, index: Index, memory: Memory) -> None:
         self.name, self.memory = name, memory
         self._rules, self._most = rules.by_name, rules.transitions_per_minute
-        self._joined = rules.joined
+        self._index = index
         self.told: list[Alert] = []
 
     # --- what is heard -----------------------------------------------------------------------
@@ -110,20 +110,20 @@ class Subject:
         """Take what is known at a moment of a stream; without values only its time goes on."""
         clock = self._advance(stream, at, goes_on=not values or not values.keys() <= _OF_STREAM)
         clock.quality = values.get("quality", clock.quality)
-        known = self._join(clock, at.seconds, values)
+        for measure in self._index.joined:
+            if measure in values:
+                clock.latest[measure] = values[measure], at.seconds
         watches = self.memory.watches
         if watches:
             self._pass_time()
-        for rule in self._rules.values():
+        places = self._index.raised_by(values)
+        places.update(self._index.place[name] for name in watches)
+        if not places:
+            return
+        known = _joined(clock, at.seconds, values)
+        for place in sorted(places):
+            rule = self._index.rules[place]
             watch = watches.get(rule.name)
-            if watch is None:
-                measure, _, limit, compare = rule.raised[0]
-                value = values.get(measure)
-                # As most often: told anew, and not so that it could raise anything.
-                if value is not None and not compare(value, limit):
-                    continue
-                if value is None and len(rule.raised) == 1:
-                    continue
             raised = _read(rule.raised, values, known)
             if watch is None:
                 if not raised or self._blocked(stream, rule):
@@ -140,15 +140,6 @@ class Subject:
                 watch.heard_s = None
                 continue
             self._judge(rule, watch, at, raised, cleared, known)
-
-    def _join(self, clock: Clock, now_s: float, values: Mapping[str, float]) -> Mapping[str, float]:
-        """Return the values with those of a moment before, for conditions of several measures."""
-        for measure in self._joined & values.keys():
-            clock.latest[measure] = values[measure], now_s
-        if not clock.latest:
-            return values
-        fresh = {m: v for m, (v, at_s) in clock.latest.items() if abs(now_s - at_s) <= _JOINED_S}
-        return {**fresh, **values}
 
     def unheard(self, stream: str) -> None:
         """Note that samples are missing: what comes next does not follow what was before."""
@@ -439,6 +430,12 @@ class Subject:
         self.memory.merged = {name: merged[name] for name in merged if name in self._rules}
 
 
+def _joined(clock: Clock, now_s: float, values: Mapping[str, float]) -> Mapping[str, float]:
+    """Return the values with those of a moment before, for conditions of several measures."""
+    fresh = {m: v for m, (v, at_s) in clock.latest.items() if abs(now_s - at_s) <= _JOINED_S}
+    return {**fresh, **values}
+
+
 def _read(
     condition: Condition, values: Mapping[str, float], known: Mapping[str, float]
 ) -> bool | None:
@@ -457,7 +454,7 @@ class Alerts:
     """
 
     def __init__(self, rules: Rules) -> None:
-        self.rules = rules
+        self.rules, self._index = rules, Index(rules)
         measures = {measure for rule in rules.by_name.values() for measure in rule.measures}
         # Outputs of models that a rule looks at: "scores.<output>", its largest value.
         self.outputs = {m.removeprefix("scores.") for m in measures if m.startswith("scores.")}
@@ -470,7 +467,7 @@ class Alerts:
         """Take what a stream says at a moment; without values only its time goes on."""
         one = self._subjects.get(subject)
         if one is None:
-            one = self._subjects[subject] = Subject(subject, self.rules, Memory())
+            one = self._subjects[subject] = Subject(subject, self.rules, self._index, Memory())
         if values and one.memory.watches:
             values = _HEARD | dict(values)
         one.hear(stream, at, values)
@@ -585,7 +582,8 @@ class Alerts:
         msgspec.ValidationError
             If it is not what `take_out` returned.
         """
-        one = Subject(subject, self.rules, msgspec.convert(state, Memory))
+        memory = msgspec.convert(state, Memory)
+        one = Subject(subject, self.rules, self._index, memory)
         self._subjects[subject] = one
         one.end_unknown()
         told = self._told(one)

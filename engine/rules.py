@@ -80,16 +80,47 @@ class Rules(NamedTuple):
     by_name: Mapping[str, Rule]  # technical ones first, since they inhibit the others
     transitions_per_minute: int  # of a subject; what goes beyond is merged
 
-    @property
-    def joined(self) -> set[str]:
-        """Return the measures that stand in a condition beside others."""
-        return {
+
+class Index:
+    """Rules by what can raise them, to be found at once among measures that raise nothing.
+
+    Attributes
+    ----------
+    rules : tuple of Rule
+        In their order.
+    place : mapping of str to int
+        Of each rule among them, by its name.
+    joined : frozenset of str
+        Measures that stand in a condition beside others.
+    """
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = tuple(rules.by_name.values())
+        self.place = {rule.name: place for place, rule in enumerate(self.rules)}
+        self.joined = frozenset(
             term.measure
-            for rule in self.by_name.values()
+            for rule in self.rules
             for condition in (rule.raised, rule.cleared)
             if len(condition) > 1
             for term in condition
-        }
+        )
+        # Each rule under the measure of each term: one that is told and holds, or it is not raised.
+        self._terms: dict[str, list[tuple[int, float, Callable[[float, float], bool]]]] = {}
+        for place, rule in enumerate(self.rules):
+            for measure, _, limit, compare in rule.raised:
+                self._terms.setdefault(measure, []).append((place, limit, compare))
+
+    def raised_by(self, values: Mapping[str, float]) -> set[int]:
+        """Return the places of the rules that these values may raise, perhaps with older ones.
+
+        As most often there is none: values are told anew, and not so that they could.
+        """
+        found = set()
+        for measure, value in values.items():
+            for place, limit, compare in self._terms.get(measure, ()):
+                if compare(value, limit):
+                    found.add(place)
+        return found
 
 
 class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -1,6 +1,8 @@
 """The alert machine, transition by transition; and against what must hold whatever happens."""
 
 import json
+import math
+import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -640,3 +642,18 @@ def test_a_file_of_rules_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     path.write_text("[[rule]]\n")
     with pytest.raises(ConfigError, match=r"rules\.toml: .*name"):
         rules.load(path)
+
+
+def test_the_index_passes_over_no_rule_that_values_raise() -> None:
+    found = rules.load()
+    index = rules.Index(found)
+    terms = [term for rule in found.by_name.values() for term in rule.raised]
+    draw = random.Random(0)
+    for _ in range(2000):
+        some = draw.sample(terms, draw.randint(1, 6))
+        values = {
+            term.measure: term.limit + draw.choice([-1.0, 0.0, 1.0, math.nan]) for term in some
+        }
+        raised = {name for name, rule in found.by_name.items() if rules.holds(rule.raised, values)}
+        assert raised <= {index.rules[place].name for place in index.raised_by(values)}
+    assert not index.raised_by({"heart_rate_bpm": 70.0, "quality": 2.0, "pause_s": 0.0})
