@@ -24,7 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 from engine import features
 from engine.errors import ModelFileError
 from engine.model_file import Model, Stage, open_session
-from engine.runtime import Outputs, constants, initial_row
+from engine.runtime import Outputs, all_finite, constants, first_line, initial_row
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +78,7 @@ class DeviceRuntime:
                 f"{model.spec.name}: provider cuda expects one graph with a free batch axis"
             )
         self.model = model
+        self.failed: dict[int, str] = {}
         self.max_rows = buckets[-1]
         self.max_hops = 1  # the shapes of a captured graph are fixed
         self.runs: Counter[tuple[int, int]] = Counter()
@@ -98,6 +99,7 @@ class DeviceRuntime:
         # Outside of graphs the one arena is both ends of every step.
         self._arenas = [self._upload(rows) for _ in range(2 if graphs else 1)]
         self._turn = 0
+        self._row_shapes = self._output_shapes()
         self._buckets = {size: self._bucket(size) for size in buckets}
         self._seconds = {size: self._warm_up(size) for size in buckets}
         self._reset_rows(range(num_slots))
@@ -117,7 +119,26 @@ class DeviceRuntime:
         self._put(np.array([slot]), row[None])
 
     def step(self, slots: NDArray[np.intp], windows: NDArray[np.float32]) -> Outputs:
-        """Advance some rows by one hop; see :meth:`engine.runtime.CpuRuntime.step`."""
+        """Advance some rows by one hop; see :meth:`engine.runtime.CpuRuntime.step`.
+
+        A call that fails may have changed the arena, so all of its rows fail. Only outputs are
+        looked at for NaN: the state does not leave the device, and what is wrong with it shows in
+        a later output.
+        """
+        try:
+            outputs = self._run(slots, windows)
+        except Exception as error:  # noqa: BLE001 - onnxruntime raises a class for each status
+            fault = f"{self.model.spec.name}: {first_line(error)}"
+            self.failed.update(dict.fromkeys(slots.tolist(), fault))
+            shapes = self._row_shapes.items()
+            return {name: np.zeros((len(slots), *row), np.float32) for name, row in shapes}
+        for row in range(len(slots)) if not all_finite(*outputs.values()) else ():
+            if not all_finite(*(value[row] for value in outputs.values())):
+                fault = "expected finite outputs, found others"
+                self.failed[int(slots[row])] = f"{self.model.spec.name}: {fault}"
+        return outputs
+
+    def _run(self, slots: NDArray[np.intp], windows: NDArray[np.float32]) -> Outputs:
         count = len(slots)
         size = next(size for size in self._buckets if size >= count)
         bucket = self._buckets[size]
@@ -162,7 +183,7 @@ class DeviceRuntime:
         slots = self._upload(np.full(size, self._scratch, np.int64))
         outputs = {
             name: self._upload(np.zeros((size, *shape), np.float32))
-            for name, shape in self._output_shapes().items()
+            for name, shape in self._row_shapes.items()
         }
         bindings, options = [], []
         for turn in range(len(self._arenas)):

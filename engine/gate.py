@@ -46,6 +46,7 @@ class GatedRuntime:
         self.num_slots = min(model.num_slots, detector.num_slots)
         self.max_rows, self.max_hops = model.max_rows, 1
         self.runs: Counter[tuple[int, int]] = model.runs
+        self.failed = model.failed = detector.failed = {}  # whichever of the two it was
         self._output = detector_spec.outputs[0].name
         self._hop = detector_spec.hop_samples
         self._window = detector_spec.window_samples

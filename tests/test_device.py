@@ -48,6 +48,34 @@ def state(runtime: CpuRuntime | DeviceRuntime) -> NDArray[np.float32]:
     return np.stack([runtime.take(slot) for slot in range(SLOTS)])
 
 
+def test_a_row_that_fails_is_named_and_the_others_do_not_notice(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    model = model_file.load(tiny.write_fragile(tmp_path))
+    struck, spared = (DeviceRuntime(model, SLOTS, "cpu", buckets=BUCKETS) for _ in range(2))
+    slots = rng.permutation(SLOTS)[:5]
+    others = [0, 1, 3, 4]
+    for _ in range(3):
+        x = rng.standard_normal((5, tiny.HOP, 1)).astype(np.float32)
+        broken = x.copy()
+        broken[2, 7] = tiny.NAN
+        expected, found = spared.step(slots, x), struck.step(slots, broken)
+        assert [*struck.failed] == [slots[2]]
+        for name, value in expected.items():
+            np.testing.assert_array_equal(found[name][others], value[others])
+        for other in slots[others]:
+            np.testing.assert_array_equal(struck.take(other), spared.take(other))
+
+
+def test_a_call_that_fails_names_all_of_its_rows(tmp_path: Path, rng: np.random.Generator) -> None:
+    model = model_file.load(tiny.write_fragile(tmp_path))
+    runtime = DeviceRuntime(model, SLOTS, "cpu", buckets=BUCKETS)
+    x = rng.standard_normal((3, tiny.HOP, 1)).astype(np.float32)
+    x[1, 7] = tiny.BREAKS
+    assert not runtime.step(np.array([4, 0, 2]), x)["beat"].any()
+    assert set(runtime.failed) == {4, 0, 2}
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_many_steps_of_any_rows_are_those_of_the_cpu_bit_for_bit(
     models: Callable[..., Path], rng: np.random.Generator, cell: str

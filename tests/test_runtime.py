@@ -1,5 +1,6 @@
 """One step for many streams, against a plain loop over ONNX Runtime for each stream."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from onnxruntime.quantization import quantize_dynamic
 from engine import model_file
 from engine.errors import ModelFileError
 from engine.model_file import Model, Stage, State
-from engine.runtime import MICRO_BATCH, CpuRuntime
+from engine.runtime import MICRO_BATCH, CpuRuntime, random_rows
 from tests import plain, tiny
 from tests.plain import Results
 
@@ -102,6 +103,55 @@ def test_a_full_batch_on_two_threads_is_that_on_one(
         stepped(two, x, lockstep(two.max_rows)), stepped(one, x, halves), strict=True
     ):
         assert_same(found, expected)
+
+
+@pytest.mark.parametrize("wrong", [tiny.BREAKS, tiny.NAN, tiny.NAN_STATE])
+@pytest.mark.parametrize("hops", [1, 3])
+@pytest.mark.parametrize("count", [1, 2, 5, 33])
+def test_a_row_that_fails_is_named_and_left_as_it_was_and_the_others_do_not_notice(
+    tmp_path: Path, rng: np.random.Generator, wrong: float, hops: int, count: int
+) -> None:
+    model = model_file.load(tiny.write_fragile(tmp_path))
+    struck, spared = CpuRuntime(model, count), CpuRuntime(model, count)
+    assert struck.max_hops >= 3
+    state, _ = random_rows(model, count, rng)
+    struck.arena[:] = spared.arena[:] = state
+    slots = rng.permutation(count)
+    x = rng.standard_normal((count, hops * tiny.HOP, 1)).astype(np.float32)
+    culprit = int(rng.integers(count))
+    broken = x.copy()
+    broken[culprit, 7] = wrong
+    expected, found = spared.step(slots, x), struck.step(slots, broken)
+    (slot, reason) = next(iter(struck.failed.items()))
+    assert [*struck.failed] == [slot] == [slots[culprit]]
+    assert re.match("fragile: .*(finite|out of data bounds)", reason)
+    np.testing.assert_array_equal(struck.take(slot), state[slot])
+    others = np.arange(count) != culprit
+    for name, value in expected.items():
+        assert value.shape == found[name].shape
+        np.testing.assert_array_equal(found[name][others], value[others])
+        assert not found[name][culprit].any()
+    for other in slots[others]:
+        np.testing.assert_array_equal(struck.take(other), spared.take(other))
+    assert not spared.failed
+
+
+def test_rows_that_infect_each_other_are_told_apart_from_the_culprit(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """A sum over the batch, weighted by 0, shows nothing until one row is infinite."""
+    runtime = CpuRuntime(model_file.load(tiny.write_infectious(tmp_path)), 3)
+    assert not runtime.single
+    for slot in range(3):
+        runtime.reset(slot)
+    x = rng.standard_normal((3, tiny.HOP, 1)).astype(np.float32)
+    x[1, 0] = np.inf
+    found = runtime.step(np.arange(3), x)
+    assert [*runtime.failed] == [1]
+    for row in (0, 2):
+        (expected,) = plain.loop(runtime.model.folder / "tiny.onnx", x[row : row + 1])
+        for name, value in found.items():
+            np.testing.assert_array_equal(value[row], expected[name])
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -282,12 +282,79 @@ def write_smoother(folder: Path, window: int, **changes: object) -> Path:
     return write(folder, spec("smoother", **(fields | changes)), made=smoother(window))
 
 
+# Samples that a fragile model does not bear: it fails; its outputs are NaN; its state alone is.
+BREAKS, NAN, NAN_STATE = 5000.0, 500.0, -500.0
+
+
+def write_fragile(folder: Path, name: str = "fragile", **changes: object) -> Path:
+    """Write the LSTM behind what breaks on some samples: a row that has one, and with it a call."""
+    made = graph(time="samples")
+    constants = {
+        "bound": np.array(200.0, np.float32),
+        "zero": np.array(0.0, np.float32),
+        "far": np.array(1000.0, np.float32),
+        "table": np.zeros(1, np.float32),
+        "row": np.array([-1, 1]),
+    }
+    made.graph.initializer.extend(
+        numpy_helper.from_array(value, key) for key, value in constants.items()
+    )
+    node = helper.make_node
+    before = [
+        node("ReduceMax", ["x"], ["most"], axes=[1, 2]),
+        node("ReduceMin", ["x"], ["least"], axes=[1, 2]),
+        # An index of 0, or beyond the table.
+        node("Div", ["most", "far"], ["share"]),
+        node("Relu", ["share"], ["place"]),
+        node("Cast", ["place"], ["index"], to=TensorProto.INT64),
+        node("Gather", ["table", "index"], ["looked_up"]),
+        # The logarithm of a negative number.
+        node("Sub", ["bound", "most"], ["below"]),
+        node("Log", ["below"], ["log"]),
+        node("Mul", ["log", "zero"], ["nothing"]),
+        node("Add", ["nothing", "looked_up"], ["both"]),
+        node("Reshape", ["both", "row"], ["of_outputs"]),
+        node("Add", ["bound", "least"], ["above"]),
+        node("Log", ["above"], ["other_log"]),
+        node("Mul", ["other_log", "zero"], ["other_nothing"]),
+        node("Reshape", ["other_nothing", "row"], ["of_state"]),
+    ]
+    after = [
+        node("Add", ["sound_beat", "of_outputs"], ["beat"]),
+        node("Add", ["sound_c", "of_state"], ["c0_next"]),
+    ]
+    for each in made.graph.node:
+        if each.output[0] in ("beat", "c0_next"):
+            each.output[0] = {"beat": "sound_beat", "c0_next": "sound_c"}[each.output[0]]
+    nodes = [*before, *made.graph.node, *after]
+    del made.graph.node[:]
+    made.graph.node.extend(nodes)
+    return write(folder, spec(name, **changes), made=made)
+
+
 def write_mixing(folder: Path) -> Path:
     """Subtract the greatest sample of the whole batch from each: no row is its own."""
     made = graph()
     made.graph.node[0].input[0] = "below"
     made.graph.node.insert(0, helper.make_node("ReduceMax", ["x"], ["most"]))
     made.graph.node.insert(1, helper.make_node("Sub", ["x", "most"], ["below"]))
+    return write(folder, made=made)
+
+
+def write_infectious(folder: Path) -> Path:
+    """Add the greatest sample of the whole batch, times 0, to each output: unseen while finite."""
+    made = graph()
+    made.graph.initializer.append(numpy_helper.from_array(np.array(0.0, np.float32), "zero"))
+    for each in made.graph.node:
+        if each.output[0] == "beat":
+            each.output[0] = "own_beat"
+    made.graph.node.extend(
+        [
+            helper.make_node("ReduceMax", ["x"], ["most"], keepdims=0),
+            helper.make_node("Mul", ["most", "zero"], ["nothing"]),
+            helper.make_node("Add", ["own_beat", "nothing"], ["beat"]),
+        ]
+    )
     return write(folder, made=made)
 
 
