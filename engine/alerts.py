@@ -562,6 +562,11 @@ class Alerts:
             return [self._subjects[subject].active()] if subject in self._subjects else []
         return [one.active() for one in self._subjects.values() if one.memory.watches]
 
+    def memory(self, subject: str) -> Memory | None:
+        """Return what is carried of a subject, not a copy; None: nothing is."""
+        one = self._subjects.get(subject)
+        return None if one is None else one.memory
+
     def take_out(self, subject: str) -> dict[str, Any] | None:
         """Return all that is carried of a subject as plain data; None: nothing is."""
         one = self._subjects.get(subject)

@@ -15,6 +15,7 @@ the server goes away and comes back, the client opens its streams again and send
 was not acknowledged.
 """
 
+import secrets
 import time
 import uuid
 from collections import deque
@@ -51,13 +52,15 @@ class Stream:
         self.name = request.stream
         self.closed: messages.Closed | None = None
         self._dtype = np.dtype("<" + request.dtype)
+        self._seen: dict[str, int] = {}  # highest number, by type of result
         self._seq = 0
         self._index = request.index
         self._acked = request.index
         self._in_flight = 0  # samples sent and not acknowledged; skipped ones take no room
         self._credit = 0  # none until the server has opened the stream
         self._largest = 0  # samples in a chunk
-        self._kept: deque[messages.Chunk] = deque()  # sent and not acknowledged
+        # Sent and not acknowledged; of the chunks the samples are in flight.
+        self._kept: deque[messages.Chunk | messages.Flush] = deque()
         self._flushes = self._flushed = 0  # asked for, answered
         self._closing = False
 
@@ -129,7 +132,9 @@ class Stream:
     def ask_flush(self) -> None:
         """Ask for the tail and go on; :attr:`flushing` says until when it is on its way."""
         self._flushes += 1
-        self._client.tell(messages.Flush(self.name, self._flushes))
+        flush = messages.Flush(self.name, self._flushes)
+        self._kept.append(flush)
+        self._client.tell(flush)
 
     @property
     def flushing(self) -> bool:
@@ -188,40 +193,79 @@ class Stream:
     def opened(self, message: messages.Opened) -> None:
         self._credit = message.credit
         self._largest = message.credit // 4
+        if message.resumed:
+            for kept in self._kept:
+                if isinstance(kept, messages.Flush) or kept.seq >= message.seq:
+                    self._client.tell(kept)
+            if self._closing:
+                self._client.tell(messages.Close(self.name))
 
     @property
     def is_open(self) -> bool:
         return self._credit > 0 and self.closed is None
 
+    def is_new(self, message: messages.Numbered) -> bool:
+        """Return whether a result has not come before; from then on it has."""
+        if not message.life:
+            return True
+        kind = type(message).__name__
+        if message.life != self.request.life or message.number <= self._seen.get(kind, 0):
+            return False
+        self._seen[kind] = message.number
+        return True
+
     def acked(self, message: messages.Ack) -> None:
         if not self._credit:
-            return  # meant for the connection before: chunks are numbered anew since
+            return  # meant for the connection before: chunks may be numbered anew since
         self._acked = max(self._acked, message.index)
-        while self._kept and self._kept[0].seq <= message.seq:
-            self._in_flight -= self._samples(self._kept.popleft())
+        self._forget(message.seq, self._flushed)
 
     def flushed(self, message: messages.Flushed) -> None:
-        self._flushed = message.id
+        self._flushed = max(self._flushed, message.id)
         self._acked = max(self._acked, message.index)
+        if self._credit:
+            self._forget(-1, message.id)
+
+    def _forget(self, seq: int, flush: int) -> None:
+        """Let go of chunks and flushes up to these."""
+        while self._kept:
+            first = self._kept[0]
+            if isinstance(first, messages.Flush):
+                if first.id > flush:
+                    return
+            elif first.seq > seq:
+                return
+            else:
+                self._in_flight -= self._samples(first)
+            self._kept.popleft()
 
     def refused(self, error: messages.Error) -> None:
         """Take that a server that has forgotten this stream does not open it once more."""
         self.closed = messages.Closed(self.name, error.code, 0, 0, 0, 0, 0)
 
-    def resume(self) -> list[Message]:
-        """Return what brings a server that does not know this stream to where the last one was."""
+    def resume(self) -> messages.Open:
+        """Return what asks a server to go on with this stream; what it lacks is sent then."""
+        self._credit = 0
+        seen = {kind.lower(): number for kind, number in self._seen.items()}
+        return msgspec.structs.replace(self.request, resume=True, seen=seen)
+
+    def begin_anew(self) -> list[Message]:
+        """Return what brings a server that knows nothing of this stream to where the last was.
+
+        As far as a server can be that has not heard what was acknowledged: state begins anew.
+        """
         # From where it was acknowledged: what was skipped since then is told as a gap once more.
-        first = self._acked
-        self._kept = deque(
-            msgspec.structs.replace(chunk, seq=seq) for seq, chunk in enumerate(self._kept)
-        )
-        self._seq, self._credit = len(self._kept), 0
-        told: list[Message] = [msgspec.structs.replace(self.request, index=first), *self._kept]
-        if self.flushing:
-            told.append(messages.Flush(self.name, self._flushes))
-        if self._closing:
-            told.append(messages.Close(self.name))
-        return told
+        self.request = msgspec.structs.replace(self.request, index=self._acked, life=_life())
+        self._seen, self._seq = {}, 0
+        kept: list[messages.Chunk | messages.Flush] = []
+        for one in self._kept:
+            if isinstance(one, messages.Chunk):
+                one = msgspec.structs.replace(one, seq=self._seq)
+                self._seq += 1
+            kept.append(one)
+        self._kept = deque(kept)
+        closing: list[Message] = [messages.Close(self.name)] if self._closing else []
+        return [self.request, *kept, *closing]
 
 
 class Client:
@@ -308,6 +352,7 @@ class Client:
             device,
             channel_info,
             clock,
+            _life(),
         )
         try:
             msgspec.convert(msgspec.to_builtins(request), messages.Open)
@@ -449,6 +494,10 @@ class Client:
                 self._answers[message.id] = message
             case messages.Error(code="not_greeted"):
                 self._recover_at = max(self._heard, self._recovered + _RETRY_S)
+            case messages.Error(code="unknown_life") if stream is not None:
+                self._events.append((self._heard, message))
+                for one in stream.begin_anew():
+                    self.tell(one)
             case messages.Error(code="unknown_stream") if stream is not None:
                 if stream.is_open:  # or the error before this one has said why it is not
                     self._recover_at = max(self._heard, self._recovered + _RETRY_S)
@@ -470,6 +519,11 @@ class Client:
                 stream.flushed(message)
             case messages.Closed(reason="reopened"):
                 pass
+            case messages.Moved():
+                self.address = message.to
+                self._recover_at = self._heard
+            case messages.Numbered() if stream is not None and not stream.is_new(message):
+                pass
             case messages.Closed() if stream is not None:
                 stream.closed = message
                 self._events.append((self._heard, message))
@@ -485,5 +539,9 @@ class Client:
         self.tell(messages.Hello(messages.VERSION, "murmur-python"))
         for stream in self._streams.values():
             if stream.closed is None:
-                for message in stream.resume():
-                    self.tell(message)
+                self.tell(stream.resume())
+
+
+def _life() -> int:
+    """Return a number that nobody else guesses."""
+    return 1 + secrets.randbelow(2**62)

@@ -6,7 +6,8 @@ from the stated one. Pure: times are arguments, and whose clock they are is the 
 """
 
 from collections import deque
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -89,6 +90,21 @@ class Clock:
             self._lowest = point
         return leap
 
+    def take(self) -> list[Any]:
+        """Return all that is carried, to be put back here or elsewhere."""
+        long, next_ = list(self._long), self._next
+        pace = self._per_long, self._blocks, self._block
+        last = self._lowest, self._last
+        return [self._origin, list(self._recent), long, next_, *pace, *last]
+
+    def put(self, carried: Sequence[Any]) -> None:
+        origin, recent, long, next_, *pace, lowest, last = carried
+        self._origin = None if origin is None else (origin[0], origin[1])
+        self._recent.extend(_points(recent))
+        self._long = _points(long)
+        self._per_long, self._blocks, self._block = pace
+        self._next, self._lowest, self._last = _points([next_, lowest, last])
+
     def line(self) -> Line | None:
         """Return how the clock runs, or None while too little is known."""
         if len(self._recent) < _LEAST:
@@ -110,6 +126,10 @@ class Clock:
                 for pair in zip(self._long[::2], self._long[1::2], strict=True)
             ]
             self._per_long *= 2
+
+
+def _points(pairs: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
+    return [(x, y) for x, y in pairs]
 
 
 def _slope(points: list[tuple[float, float]]) -> float:

@@ -31,6 +31,7 @@ class Limits(_Section, frozen=True):
     max_queued_messages: Count = 1_000  # to a peer that does not read; then it is dropped
     credit_s: Positive = 2.0  # seconds of signal that a stream may have in flight
     idle_timeout_s: Positive = 60.0  # a peer that says nothing for so long is dropped
+    resume_s: Positive = 60.0  # so long a stream waits for a client that lost its connection
     stream_timeout_s: Positive = 600.0  # a stream without a chunk for so long is closed
     max_load: Positive = 0.7  # part of the measured capacity that is given away
     drain_s: Positive = 10.0  # at SIGTERM, to finish what has arrived
@@ -61,6 +62,14 @@ class Record(_Section, frozen=True):
     flush_s: Positive = 5.0  # after so long what has come can be read
 
 
+class Checkpoints(_Section, frozen=True):
+    """Streams written down, so that they go on after a crash."""
+
+    path: str = ""  # SQLite file; empty: nothing is written
+    every_s: Positive = 2.0  # seconds between two checkpoints of a stream
+    max_mb: Positive = 4_096.0  # MiB that the file may take
+
+
 class Config(_Section, frozen=True):
     """The whole file."""
 
@@ -74,6 +83,7 @@ class Config(_Section, frozen=True):
     alerts: AlertOptions = AlertOptions()
     subjects: Subjects = Subjects()
     record: Record = Record()
+    checkpoints: Checkpoints = Checkpoints()
 
     @property
     def num_threads(self) -> int:

@@ -4,20 +4,21 @@ A lane owns the rows: queued samples, filters, model state, the wing's memory. I
 batch is done on all rows at once; Python is entered per row only where something happened.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from engine.errors import Refused
+from engine.errors import Refused, fault
 from engine.messages import Flushed, Gap, Message
 from engine.model_file import ModelSpec
 from engine.runtime import Runtime
 from engine.session import End, Item, Lost, Samples, Session, Tail
 from engine.signal import Front
 from engine.slots import Slots
-from engine.wing import Rows, Wing
+from engine.wing import Outputs, Rows, Wing
 
 _NEVER = 2**62  # a position beyond all; differences with it stay within int64
 
@@ -64,8 +65,11 @@ class Lane:
         self._position = np.zeros(num_slots, np.int64)  # samples consumed since the open
         self._begin = np.zeros(num_slots, np.int64)  # position at which all began anew
         self._mark = np.full(num_slots, _NEVER)  # position at which the next ack is due
+        self._told_at = np.full(num_slots, _NEVER)  # up to where a step may go, see `most_hops`
         self._held = np.zeros(num_slots, bool)  # something waits in the session's inbox
         self._end = np.full(num_slots, _NEVER)  # where a flush's padding begins
+        # Slots whose streams cannot go on, and why; who reads them closes them.
+        self.failed: dict[int, str] = {}
 
     def open(self, session: Session) -> int:
         """Give a stream a row like new; the caller has checked that one is free.
@@ -87,10 +91,55 @@ class Lane:
         self._restart(slot)
         return slot
 
+    def take(self, slot: int) -> dict[str, Any]:
+        """Return all that a row carries, as plain data and arrays, to be put back elsewhere.
+
+        No results may be pending in the wing: those cannot be taken along.
+        """
+        begin = max(0, int(self._head[slot]) - 1)  # with what was stepped last, see `_pad`
+        end = int(self._head[slot] + self._fill[slot])
+        return {
+            "samples": self._queue[slot, begin:end],
+            "fill": int(self._fill[slot]),
+            "position": int(self._position[slot]),
+            "begin": int(self._begin[slot]),
+            "mark": int(self._mark[slot]),
+            "told_at": int(self._told_at[slot]),
+            "held": bool(self._held[slot]),
+            "end": int(self._end[slot]),
+            "front": self.front.take(slot),
+            "state": self.runtime.take(slot),
+            "wing": self.wing.take(slot),
+            "session": self.sessions[slot].take(),
+        }
+
+    def put(self, session: Session, carried: Mapping[str, Any]) -> int:
+        """Give a stream a row that goes on from what :meth:`take` returned.
+
+        Raises
+        ------
+        Refused
+            If the wing cannot do what the stream asks for; no row is taken.
+        """
+        slot = self.open(session)
+        samples, fill = carried["samples"], carried["fill"]
+        self._queue[slot, : len(samples)] = samples
+        self._head[slot], self._fill[slot] = len(samples) - fill, fill
+        self._position[slot], self._begin[slot] = carried["position"], carried["begin"]
+        self._mark[slot], self._held[slot] = carried["mark"], carried["held"]
+        self._told_at[slot], self._end[slot] = carried["told_at"], carried["end"]
+        self.front.put(slot, carried["front"])
+        self.runtime.put(slot, carried["state"])
+        session.put(carried["session"])
+        self.wing.put(slot, carried["wing"])
+        return slot
+
     def close(self, slot: int) -> None:
         self.wing.close(slot)
         self.slots.release(slot)
         del self.sessions[slot]
+        self.failed.pop(slot, None)
+        self._clear(slot)
 
     def hops(self, slot: int) -> int:
         """Return how many steps a row's samples suffice for."""
@@ -142,29 +191,81 @@ class Lane:
         """
         start = self._position[slots]
         samples = self._take(slots, hops)
-        outputs = self.runtime.step(slots, self.front.push(slots, samples))
+        outputs: Outputs = self.runtime.step(slots, self.front.push(slots, samples))
         sessions = [self.sessions[slot] for slot in slots.tolist()]
         rows = Rows(slots, hops, start, self._begin[slots], self._end[slots], sessions, samples)
-        told = [Told(sessions[row], message) for row, message in self.wing.push(rows, outputs)]
+        if self.runtime.failed:
+            rows, outputs = self._without_failed(rows, outputs)
+            slots = rows.slots
+            sessions = [self.sessions[slot] for slot in slots.tolist()]
+        told = [Told(sessions[row], message) for row, message in self._push(rows, outputs)]
         due = (self._mark[slots] <= self._position[slots]) | self._held[slots]
         for slot in slots[due].tolist():
-            session = self.sessions[slot]
+            told += self._proceed(slot)
+        return told
+
+    def _proceed(self, slot: int) -> list[Told]:
+        """Return the ack that has become due, and what comes of what waited for results."""
+        if slot in self.failed:
+            return []
+        session = self.sessions[slot]
+        try:
             messages = self._ack(slot, session, int(self._position[slot]))
             if self._held[slot]:
                 messages += self.feed(slot)
-            told += [Told(session, message) for message in messages]
-        return told
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is this stream's
+            self.failed[slot] = fault(f"stream {session.name}", error)
+            return []
+        return [Told(session, message) for message in messages]
+
+    def _without_failed(self, rows: Rows, outputs: Outputs) -> tuple[Rows, Outputs]:
+        """Note the rows that the model failed on, and leave them out."""
+        self.failed |= self.runtime.failed
+        self.runtime.failed.clear()
+        kept = [row for row, slot in enumerate(rows.slots.tolist()) if slot not in self.failed]
+        return (
+            Rows(
+                rows.slots[kept],
+                rows.hops,
+                rows.start[kept],
+                rows.begin[kept],
+                rows.end[kept],
+                [rows.streams[row] for row in kept],
+                rows.samples[kept],
+            ),
+            {name: value[kept] for name, value in outputs.items()},
+        )
+
+    def _push(self, rows: Rows, outputs: Outputs) -> list[tuple[int, Message]]:
+        """Let the wing read a step's outputs; note the rows that it failed on.
+
+        A wing contains a fault of one row itself. Where it fails as a whole, nobody knows which
+        rows it had changed by then, and all of the step's are given up.
+        """
+        if not len(rows.slots):
+            return []
+        try:
+            results = self.wing.push(rows, outputs)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is these streams'
+            reason = fault(f"{self.spec.name}, {len(rows.slots)} rows", error)
+            self.failed |= dict.fromkeys(rows.slots.tolist(), reason)
+            return []
+        if self.wing.failed:
+            self.failed |= self.wing.failed
+            self.wing.failed.clear()
+            results = [one for one in results if int(rows.slots[one[0]]) not in self.failed]
+        return results
 
     def collect(self) -> list[Told]:
         """Return results that took longer than their step, and what waited for them."""
         results = self.wing.collect()
+        if self.wing.failed:
+            self.failed |= self.wing.failed
+            self.wing.failed.clear()
+            results = [one for one in results if one[0] not in self.failed]
         told = [Told(self.sessions[slot], message) for slot, message in results]
         for slot in dict.fromkeys(slot for slot, _ in results):
-            session = self.sessions[slot]
-            messages = self._ack(slot, session, int(self._position[slot]))
-            if self._held[slot]:
-                messages += self.feed(slot)
-            told += [Told(session, message) for message in messages]
+            told += self._proceed(slot)
         return told
 
     def remaining(self, slots: NDArray[np.intp]) -> NDArray[np.int64]:
@@ -172,9 +273,21 @@ class Lane:
         left: NDArray[np.int64] = self._fill[slots] // self.hop
         return left
 
+    def most_hops(self, slots: NDArray[np.intp]) -> int:
+        """Return how many hops a step may take all of these rows at once.
+
+        What a session tells of itself comes behind the results of the hop that its chunk ends in,
+        and before those of the next: else the order hung on how hops were joined.
+        """
+        hops = min(int(self.remaining(slots).min()), self.runtime.max_hops)
+        until = int((self._told_at[slots] - self._position[slots]).min())
+        return max(1, min(hops, until // self.hop))
+
     def ending(self, slots: NDArray[np.intp]) -> list[int]:
         """Return the rows that have nothing left to step and whose session's end is next."""
         idle = slots[self._held[slots] & (self._fill[slots] < self.hop)]
+        if self.failed:
+            idle = idle[[slot not in self.failed for slot in idle.tolist()]]
         return [slot for slot in idle.tolist() if self.over(slot)]
 
     def idle(self, slot: int) -> bool:
@@ -214,6 +327,9 @@ class Lane:
         # A chunk is through when its last whole hop is; what is left waits for the next chunk.
         position = int(self._position[slot] + self._fill[slot] // self.hop * self.hop)
         self._mark[slot] = session.mark(position, ack)
+        told_at = session.due_at()
+        if told_at is not None and told_at <= ack[1]:
+            self._told_at[slot] = min(self._told_at[slot], position)
 
     def _ack(self, slot: int, session: Session, position: int) -> list[Message]:
         """Return the ack that is due, unless results of what it would name are still to come."""
@@ -221,7 +337,12 @@ class Lane:
             return []
         ack, mark = session.passed(position)
         self._mark[slot] = _NEVER if mark is None else mark
-        return [] if ack is None else [*session.due(ack.index), ack]
+        if ack is None:
+            return []
+        told = session.due(ack.index)
+        if told:
+            self._told_at[slot] = _NEVER if session.due_at() is None else position
+        return [*told, ack]
 
     def _skip(self, slot: int, session: Session, lost: Lost) -> list[Message]:
         """Pass over lost samples; those before them that fill no hop are lost as well."""
@@ -264,12 +385,13 @@ class Lane:
         self._clear(slot)
         self._restart(slot)
         session.anchor(int(self._position[slot]), tail.end)
+        session.flushed = tail.id
         return [*told, Flushed(session.name, tail.id, tail.end)]
 
     def _clear(self, slot: int) -> None:
         """Forget queued samples."""
         self._head[slot] = self._fill[slot] = 0
-        self._mark[slot] = _NEVER
+        self._mark[slot] = self._told_at[slot] = _NEVER
         self._end[slot] = _NEVER
         self._held[slot] = False
 

@@ -9,21 +9,23 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
-from engine import messages, pseudonyms, rules
+from engine import checkpoint, lives, messages, pseudonyms, rules
 from engine.alerts import Alerts, Moment
 from engine.audit import Audit
-from engine.config import Limits, Subjects
-from engine.errors import ConfigError, Refused
+from engine.checkpoint import Store
+from engine.config import Checkpoints, Limits, Subjects
+from engine.errors import CheckpointError, ConfigError, Refused, fault
 from engine.heart import news2
 from engine.heart.wing import HeartWing, Naming
-from engine.lane import Lane
-from engine.messages import Message
+from engine.lane import Lane, Told
+from engine.lives import Group, Keeper, Life, Over, Owed
+from engine.messages import Message, Numbered
 from engine.metrics import Metrics
 from engine.model_file import Model
 from engine.recorder import RECORDED, Recorder, Signal
@@ -74,11 +76,16 @@ _PUBLISHED = (
 )
 
 
+# Of a durable stream they wait for the checkpoint that makes them true.
+_WAITING = (messages.Ack, messages.Flushed, messages.Closed)
+_NOBODY = b""  # the peer of a stream whose connection was lost
 _WATCHED = (messages.Measures, messages.Scores, messages.Gap)
 # Pipelines of which nobody is the subject, unless a rule looks at an output of the model.
 _UNWATCHED = frozenset({"speech", "audio", "scores"})
 # Ends of a stream that do not say that something is wrong with it.
 _CALM_ENDS = ("reopened", "draining")
+_ANY_CHECKPOINTS = Checkpoints()
+_COUNTS = ("chunks", "samples", "duplicates", "gaps", "lost_samples", "bridged_samples")
 
 
 class Peer:
@@ -107,6 +114,12 @@ class Stream(NamedTuple):
     peer: bytes
     budget_s: float
     subject: str  # empty: its alerts are not looked for
+    life: Life | None  # None: it ends with its connection
+
+    @property
+    def group(self) -> str:
+        """Whose streams are written down together with it."""
+        return self.session.opened.subject or self.session.name
 
 
 class Engine:
@@ -130,6 +143,9 @@ class Engine:
     subjects : Subjects
     recorder : Recorder, optional
         Takes the signal and the results of heart streams.
+    store : Store, optional
+        Where streams with a life are written down; call :meth:`restore` before the first turn.
+    checkpoints : Checkpoints
 
     Attributes
     ----------
@@ -151,6 +167,8 @@ class Engine:
         audit: Audit | None = None,
         summary_s: float = 5.0,
         recorder: Recorder | None = None,
+        store: Store | None = None,
+        checkpoints: Checkpoints = _ANY_CHECKPOINTS,
     ) -> None:
         self.limits, self.metrics, self._clock = limits, metrics, clock
         self._subjects, self._recorder = subjects, recorder
@@ -176,6 +194,11 @@ class Engine:
                 runtime.step_seconds,
             )
         self._scheduler = Scheduler(terms)
+        self._store, self._checkpoints = store, checkpoints
+        self._keeper = Keeper(store, checkpoints.every_s)
+        self._over: dict[str, Over] = {}  # streams that ended a short time ago
+        self._now = 0.0  # of the last message, turn or tick
+        self._lossy = False  # the disk takes nothing, and nothing waits for it
         self._streams: dict[str, Stream] = {}
         self._last_chunk: dict[str, float] = {}
         self._budgets: Counter[float] = Counter()  # latency budgets of the open streams
@@ -187,13 +210,14 @@ class Engine:
         self._audit, self._summary_s = audit, summary_s
         self._next_summary = -math.inf
         self._summarised: set[str] = set()  # subjects of whom the last summary told alerts
-        if audit is not None:
+        if audit is not None and store is None:
             self._restore(audit)
 
     # --- in --------------------------------------------------------------------------------
 
     def receive(self, peer_id: bytes, body: bytes, now: float) -> None:
         """Take one message body. Whatever is wrong with it is answered, and harms no one else."""
+        self._now = now
         peer = self.peers.get(peer_id)
         if peer is None:
             if len(self.peers) >= self.limits.max_peers:
@@ -212,6 +236,19 @@ class Engine:
                 self._handle(peer_id, peer, request, now)
             except Refused as refused:
                 self._refuse(peer, refused, request)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is this peer's
+                self._fail_request(peer_id, peer, request, error)
+
+    def _fail_request(
+        self, peer_id: bytes, peer: Peer, request: messages.Request, error: Exception
+    ) -> None:
+        """Answer a message that the server failed on, and end the stream that it was of."""
+        reason = fault(type(request).__name__.lower(), error)
+        stream = self._streams.get(getattr(request, "stream", ""))
+        if stream is not None and stream.peer == peer_id:
+            self._fail(stream, "server_error", reason)
+        else:
+            self._refuse(peer, Refused("server_error", reason), request)
 
     def _turn_away(self, peer_id: bytes) -> None:
         self.metrics.refused["too_many_peers"] += 1
@@ -252,12 +289,13 @@ class Engine:
             self._ask_alerts(peer, request)
         elif isinstance(request, messages.Open):
             self._open(peer_id, peer, request, now)
-        else:
+        elif isinstance(request, messages.Again):
+            self._again(peer, request)
+        elif isinstance(request, messages.Flush):
+            self._flush(peer_id, request, now)
+        elif isinstance(request, messages.Close):
             stream = self._own(peer_id, request.stream)
-            if isinstance(request, messages.Flush):
-                stream.session.flush(request.id)
-            else:
-                stream.session.close()
+            stream.session.close()
             self._feed(stream, now)
 
     def _hello(self, peer: Peer, hello: messages.Hello) -> None:
@@ -281,8 +319,11 @@ class Engine:
     def _open(self, peer_id: bytes, peer: Peer, request: messages.Open, now: float) -> None:
         if self.draining:
             raise Refused("draining", "the server is about to stop")
+        if request.resume:
+            self._resume(peer_id, peer, request, now)
+            return
         known = self._streams.get(request.stream)
-        if known is not None and known.peer != peer_id:
+        if known is not None and known.peer not in (peer_id, _NOBODY):
             raise Refused("stream_taken", f"stream {request.stream!r} is another connection's")
         if known is not None:
             self._end(known, "reopened")  # the connection was lost without our noticing
@@ -298,26 +339,44 @@ class Engine:
         self._check_subject(request.subject)
         lane = self._lanes[request.model]
         self._admit(lane)
-        model = self._models[request.model]
-        credit = round(lane.credit_s * request.rate_hz)
-        num_anchors = 4 + lane.wing.delay // lane.hop
-        session = Session(
+        self._over.pop(request.stream, None)
+        session = self._session(request)
+        life = Life(request.life) if request.life else None
+        stream = self._enter(session, lane.open(session), peer_id, life, now)
+        if stream.subject:
+            at = Moment(request.index, request.index / request.rate_hz, request.index)
+            self._alerts.opened(stream.subject, request.stream, at)
+        peer.streams.add(request.stream)
+        log.info("stream %s opened: %s at %g Hz", session.name, request.model, request.rate_hz)
+        self._tell(peer, self._opened(stream, resumed=False))
+
+    def _session(self, request: messages.Open) -> Session:
+        """Return the session that an open asks for."""
+        lane = self._lanes[request.model]
+        credit_s = lane.credit_s
+        if request.life and self._store is not None:  # acks come with the checkpoints
+            credit_s += 3 * self._checkpoints.every_s
+        return Session(
             request,
-            model.spec.input,
-            credit,
+            lane.spec.input,
+            round(credit_s * request.rate_hz),
             self.limits.max_chunk_bytes,
-            num_anchors,
+            4 + lane.wing.delay // lane.hop,
             self.limits.bridge_s,
             self.limits.reorder_chunks,
         )
+
+    def _enter(
+        self, session: Session, slot: int, peer_id: bytes, life: Life | None, now: float
+    ) -> Stream:
+        """Count a stream among those that are open."""
+        request = session.opened
+        model, lane = self._models[request.model], self._lanes[request.model]
         budget_s = (request.latency_ms or model.spec.latency_ms) / 1000
-        slot = lane.open(session)
-        self._streams[request.stream] = Stream(
-            session, request.model, slot, peer_id, budget_s, self._subject(request)
+        stream = Stream(
+            session, request.model, slot, peer_id, budget_s, self._subject(request), life
         )
-        if subject := self._streams[request.stream].subject:
-            at = Moment(request.index, request.index / request.rate_hz, request.index)
-            self._alerts.opened(subject, request.stream, at)
+        self._streams[request.stream] = stream
         self._last_chunk[request.stream] = now
         self._budgets[budget_s] += 1
         self._tightest_s = min(self._tightest_s, budget_s)
@@ -326,18 +385,75 @@ class Engine:
             signal = Signal(model.spec.input.unit, session.steps)
             made_by = f"{request.model} {model.sha256}"
             session.tap = self._recorder.open(request, signal, made_by)
-        peer.streams.add(request.stream)
+        if life is not None and self._store is not None:
+            self._keeper.group(stream.group).streams.add(session.name)
+            self._keeper.moved(stream.group, now)
         self.metrics.streams_open = len(self._streams)
-        log.info("stream %s opened: %s at %g Hz", session.name, request.model, request.rate_hz)
-        opened = messages.Opened(
-            request.stream,
-            request.model,
+        return stream
+
+    def _opened(self, stream: Stream, resumed: bool) -> messages.Opened:
+        model, session = self._models[stream.lane], stream.session
+        return messages.Opened(
+            session.name,
+            stream.lane,
             model.sha256,
             session.credit,
             model.spec.look_ahead_samples / model.spec.input.rate_hz,
             model.spec.hop_samples / model.spec.input.rate_hz,
+            resumed,
+            session.next_seq,
+            stream.life is not None and self._store is not None,
         )
-        self._tell(peer, opened)
+
+    def _resume(self, peer_id: bytes, peer: Peer, request: messages.Open, now: float) -> None:
+        """Let a client go on with a stream that it opened on another connection."""
+        name = request.stream
+        over = self._over.get(name)
+        if over is not None and over.life.id == request.life:
+            self._tell_again(peer, over.life, request.seen)
+            self._tell(peer, over.closed)
+            return
+        stream = self._streams.get(name)
+        life = None if stream is None else stream.life
+        if stream is None or life is None or life.id != request.life:
+            raise Refused("unknown_life", f"stream {name!r}: nothing is known of that life")
+        asked = msgspec.structs.replace(request, resume=False, seen={})
+        if asked != stream.session.opened:
+            raise Refused("unknown_life", f"stream {name!r} of that life was opened otherwise")
+        if stream.peer in self.peers:
+            self.peers[stream.peer].streams.discard(name)
+        peer.streams.add(name)
+        self._streams[name] = stream = stream._replace(peer=peer_id)
+        self._last_chunk[name] = now
+        log.info("stream %s resumed at chunk %d", name, stream.session.next_seq)
+        self._tell(peer, self._opened(stream, resumed=True))
+        if life.ack is not None:
+            self._tell(peer, life.ack)
+        self._tell_again(peer, life, request.seen)
+
+    def _tell_again(self, peer: Peer, life: Life, seen: dict[str, int]) -> None:
+        peer.outbox += life.missed(seen)
+
+    def _again(self, peer: Peer, request: messages.Again) -> None:
+        """Tell a subscriber what it has missed."""
+        name = request.stream
+        stream, over = self._streams.get(name), self._over.get(name)
+        life = stream.life if stream is not None else over.life if over is not None else None
+        if life is None:
+            raise Refused("unknown_life", f"stream {name!r} is not open, or has no life")
+        self._tell_again(peer, life, request.seen if life.id == request.life else {})
+        self._tell(peer, messages.Recalled(name, life.id, dict(life.numbers), request.id))
+
+    def _flush(self, peer_id: bytes, request: messages.Flush, now: float) -> None:
+        """Queue a flush; one that was asked for on a lost connection is not done twice."""
+        stream = self._own(peer_id, request.stream)
+        session = stream.session
+        if stream.life is None or request.id > session.last_flush:
+            session.flush(request.id)
+            self._feed(stream, now)
+        elif request.id <= session.flushed:
+            index = session.repeat_ack().index
+            self._route(stream, messages.Flushed(session.name, request.id, index))
 
     def _subject(self, request: messages.Open) -> str:
         """Return whose alerts a stream may raise; empty: nobody's."""
@@ -389,10 +505,14 @@ class Engine:
         self._last_chunk[chunk.stream] = now
         gaps, lost = session.gaps, session.lost_samples
         bridged, late = session.bridged_samples, session.late
+        if self.draining and self._durable(stream):
+            return  # it is not acknowledged, and will be sent to who goes on with the stream
         if not session.accept(chunk, now):
             self.metrics.late += session.late - late
             self.metrics.duplicates += 1 - (session.late - late)
-            self._tell(self.peers[peer_id], session.repeat_ack())
+            ack = session.repeat_ack() if stream.life is None else stream.life.ack
+            if ack is not None:
+                self._tell(self.peers[peer_id], ack)
             return
         self.metrics.chunks += 1
         self.metrics.gaps += session.gaps - gaps
@@ -418,6 +538,13 @@ class Engine:
 
     def turn(self, now: float) -> Pause:
         """Run the batch that is due, if any, and say when to call again."""
+        self._now = now
+        self._let_out(now)
+        pause = self._work(now)
+        self._write(now)
+        return pause
+
+    def _work(self, now: float) -> Pause:
         self._collect(now)
         decision = self._scheduler.next(now)
         if isinstance(decision, Batch):
@@ -436,15 +563,16 @@ class Engine:
     def _step(self, batch: Batch, now: float) -> None:
         lane = self._lanes[batch.lane]
         deadlines = self._scheduler.deadlines(batch)
-        hops = min(int(lane.remaining(batch.slots).min()), lane.runtime.max_hops)
+        hops = lane.most_hops(batch.slots)
         begin = self._clock()
         told = lane.step(batch.slots, hops)
         seconds = self._clock() - begin
         self._scheduler.stepped(batch, hops, lane.remaining(batch.slots), seconds)
-        for session, message in told:
-            self._route(self._streams[session.name], message)
+        self._route_all(told)
         for slot in lane.ending(batch.slots):
             self._advance(self._streams[lane.sessions[slot].name], lane, now)
+        if lane.failed:
+            self._end_failed(lane)
         self.metrics.rows += hops * len(batch.slots)
         self.metrics.missed_deadlines += int(np.sum(now + seconds > deadlines))
         self.metrics.batch_rows.add(len(batch.slots))
@@ -454,18 +582,44 @@ class Engine:
         """Route results that took longer than their step."""
         for lane in self._lanes.values():
             told = lane.collect()
-            for session, message in told:
-                self._route(self._streams[session.name], message)
+            self._route_all(told)
+            if lane.failed:
+                self._end_failed(lane)
             for name in dict.fromkeys(session.name for session, _ in told):
-                self._advance(self._streams[name], lane, now)
+                if name in self._streams:
+                    self._advance(self._streams[name], lane, now)
+
+    def _route_all(self, told: list[Told]) -> None:
+        for session, message in told:
+            stream = self._streams.get(session.name)
+            if stream is None:
+                continue  # it failed on its last message
+            try:
+                self._route(stream, message)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is this stream's
+                self._fail(stream, "server_error", fault(f"stream {session.name}", error))
+
+    def _end_failed(self, lane: Lane) -> None:
+        """End the streams that the model or the wing could not take further."""
+        for slot, reason in list(lane.failed.items()):
+            self._fail(self._streams[lane.sessions[slot].name], "model_error", reason)
+
+    def _fail(self, stream: Stream, code: str, reason: str) -> None:
+        """End a stream that is not to blame for it, and say so."""
+        log.error("stream %s failed: %s", stream.session.name, reason)
+        self.metrics.failed[code] += 1
+        self._send(stream.peer, messages.encode(messages.Error(code, reason, stream.session.name)))
+        self._end(stream, code)
 
     def tick(self, now: float) -> None:
         """Give up peers and streams that have said nothing for too long. Call it once a second."""
+        self._now = now
         limits = self.limits
         for peer_id in [p for p, x in self.peers.items() if now - x.seen > limits.idle_timeout_s]:
             self.drop(peer_id, "idle")
         for name in [n for n, t in self._last_chunk.items() if now - t > limits.stream_timeout_s]:
             self._end(self._streams[name], "idle")
+        self._forget_lives(now)
         self._tell_silence(now)
         self._forget_vitals(now)
         if now >= self._next_summary:
@@ -475,10 +629,14 @@ class Engine:
             self.metrics.audit_lost = self._audit.lost
 
     def drop(self, peer_id: bytes, reason: str) -> None:
-        """Give up a connection and its streams."""
+        """Give up a connection and its streams; those with a life may be resumed on another."""
         peer = self.peers[peer_id]
         for name in sorted(peer.streams):
-            self._end(self._streams[name], reason)
+            stream = self._streams[name]
+            if stream.life is None:
+                self._end(stream, reason)
+            else:
+                self._streams[name] = stream._replace(peer=_NOBODY)
         del self.peers[peer_id]
         self.metrics.dropped_peers += 1
         self.metrics.peers = len(self.peers)
@@ -487,13 +645,21 @@ class Engine:
         """Open nothing more; return whether all that has arrived is through.
 
         A stream that has nothing left to step or to tell, or any ``at_once``, is closed with the
-        reason ``draining``.
+        reason ``draining``. Durable ones are written down as they are, and not closed.
         """
-        self.draining = True
+        if not self.draining:
+            self.draining = True
+            for name in self._keeper.groups:
+                self._keeper.moved(name, self._now, at_once=True)
+        left = False
         for stream in list(self._streams.values()):
+            if self._durable(stream):
+                continue
             if at_once or self._lanes[stream.lane].idle(stream.slot):
                 self._end(stream, "draining")
-        return not self._streams
+            else:
+                left = True
+        return not left and (at_once or not self._keeper.busy)
 
     # --- out -------------------------------------------------------------------------------
 
@@ -510,11 +676,18 @@ class Engine:
 
     def _route(self, stream: Stream, message: Message) -> None:
         """Queue a message for the stream's client, and a result for subscribers too."""
+        life = stream.life
+        if life is not None and isinstance(message, Numbered):
+            life.number(message)
+        elif life is not None and isinstance(message, _WAITING):
+            self._owe(stream, life, message)
+            return
         encoded = messages.encode(message)
-        self.peers[stream.peer].outbox.append(encoded)
+        if life is not None and isinstance(message, Numbered):
+            life.keep(message, encoded, stream.session.samples, stream.session.credit)
+        self._send(stream.peer, encoded)
         if isinstance(message, _PUBLISHED):
             self._publish(message, stream.session.name, encoded)
-
         if stream.subject and isinstance(message, _WATCHED):
             self._watch(stream, message)
 
@@ -525,6 +698,12 @@ class Engine:
         self.published.append((f"{kind}/{name}".encode(), messages.body([encoded])))
         if self._recorder is not None and isinstance(message, RECORDED):
             self._recorder.note(name, message)
+
+    def _send(self, peer_id: bytes, encoded: bytes) -> None:
+        """Queue a message for a peer, unless it is gone."""
+        peer = self.peers.get(peer_id)
+        if peer is not None:
+            peer.outbox.append(encoded)
 
     def _tell(self, peer: Peer, message: Message) -> None:
         peer.outbox.append(messages.encode(message))
@@ -550,11 +729,23 @@ class Engine:
             self._tell_alerts(told)
         if self._recorder is not None and stream.session.tap is not None:
             self._recorder.close(name)
-        self._route(stream, stream.session.closed(reason))
+        closed = stream.session.closed(reason)
+        life = stream.life
+        if life is not None and reason not in _CALM_ENDS:
+            self._over[name] = Over(life, closed, self._now)
+            if len(self._over) > self.limits.max_streams:
+                self._forget_over(next(iter(self._over)))
+        if self._durable(stream):
+            group = self._keeper.group(stream.group)
+            group.streams.discard(name)
+            if name in self._over:
+                group.over.add(name)
+        self._route(stream, closed)
         self._scheduler.removed(stream.lane, stream.slot)
         lane.close(stream.slot)
         self._load -= self._share(lane)
-        self.peers[stream.peer].streams.discard(name)
+        if stream.peer in self.peers:
+            self.peers[stream.peer].streams.discard(name)
         del self._streams[name], self._last_chunk[name]
         self._budgets[stream.budget_s] -= 1
         if not self._budgets[stream.budget_s]:
@@ -562,6 +753,193 @@ class Engine:
             self._tightest_s = min(self._budgets, default=math.inf)
         self.metrics.streams_open = len(self._streams)
         log.info("stream %s closed: %s", name, reason)
+
+    # --- lives -----------------------------------------------------------------------------
+
+    def _durable(self, stream: Stream) -> bool:
+        return stream.life is not None and self._store is not None
+
+    def _owe(self, stream: Stream, life: Life, message: Message) -> None:
+        """Tell a message now, or once the next checkpoint of its stream is on the disk."""
+        if self._store is None or self._lossy:
+            self._pay(Owed(stream.peer, message))
+            return
+        if not isinstance(message, messages.Ack):
+            group = self._keeper.group(stream.group)
+            if life.waiting is not None:
+                group.owed.append(Owed(stream.peer, life.waiting))
+                life.waiting = None
+            group.owed.append(Owed(stream.peer, message))
+            self._keeper.moved(stream.group, self._now, at_once=True)
+            return
+        life.waiting = message
+        session = stream.session
+        hurry = session.acked_samples - life.written > session.credit // 4
+        self._keeper.moved(stream.group, self._now, at_once=hurry)
+
+    def _pay(self, owed: Owed) -> None:
+        """Tell a message that was owed."""
+        message = owed.message
+        if isinstance(message, messages.Alert):
+            self._tell_alert(message)
+            return
+        stream = self._streams.get(getattr(message, "stream", ""))
+        if stream is None or stream.life is None:
+            self._send(owed.peer, messages.encode(message))
+            return
+        if isinstance(message, messages.Ack):
+            stream.life.ack = message
+        self._send(stream.peer, messages.encode(message))
+
+    def _let_out(self, now: float) -> None:
+        """Tell what waited for checkpoints that are on the disk now."""
+        for owed in self._keeper.let_out(now):
+            self._pay(owed)
+        failing = self._keeper.failing(now)
+        if failing and not self._lossy:
+            assert self._store is not None
+            reason = f"checkpoints cannot be written: {self._store.fault}"
+            log.error("%s; streams go on without", reason)
+            for name, stream in self._streams.items():
+                if stream.life is not None:
+                    error = messages.Error("not_durable", reason, name)
+                    self._send(stream.peer, messages.encode(error))
+        self._lossy = failing
+
+    def _write(self, now: float) -> None:
+        """Write down the groups that are due."""
+        states = []
+        for group in self._keeper.due(now):
+            streams = [self._streams[name] for name in sorted(group.streams)]
+            if any(self._lanes[one.lane].wing.pending(one.slot) for one in streams):
+                self._keeper.again(group)
+                continue
+            states.append((group, checkpoint.encode(self._take(group, streams))))
+        if states:
+            self._keeper.write(states)
+
+    def _take(self, group: Group, streams: list[Stream]) -> dict[str, Any]:
+        """Return all that is carried of a group, and owe the acks that its checkpoint allows."""
+        taken = {}
+        for stream in streams:
+            life, name = stream.life, stream.session.name
+            assert life is not None
+            if life.waiting is not None:
+                group.owed.append(Owed(stream.peer, life.waiting))
+                life.waiting = None
+            life.written = stream.session.acked_samples
+            taken[name] = {
+                "open": stream.session.opened,
+                "sha256": self._models[stream.lane].fingerprint,
+                "life": life.take(),
+                "row": self._lanes[stream.lane].take(stream.slot),
+            }
+        return {
+            "streams": taken,
+            "over": {
+                name: (self._over[name].life.take(), self._over[name].closed)
+                for name in sorted(group.over)
+            },
+            "alerts": self._alerts.memory(group.name),
+            "vitals": self._vitals.get(group.name),
+        }
+
+    def restore(self, now: float) -> None:
+        """Go on with all streams that the store holds; their clients will resume them."""
+        self._now = now
+        if self._store is not None:
+            for name, data in self._store.load():
+                try:
+                    self._put(name, checkpoint.decode(data), now)
+                except CheckpointError as error:
+                    log.error("checkpoint of %s: %s", name, error)
+                    self.metrics.lost_checkpoints += 1
+            self._store.start()
+        if self._audit is not None:
+            self._restore(self._audit)
+
+    def _put(self, name: str, state: Mapping[str, Any], now: float) -> None:
+        """Go on with the streams of a group."""
+        group = self._keeper.group(name)
+        for stream, (life, closed) in state["over"].items():
+            found = msgspec.convert(closed, messages.Closed)
+            self._over[stream] = Over(lives.put(life), found, now)
+            group.over.add(stream)
+        if state["vitals"] is not None:
+            self._vitals[name] = msgspec.convert(state["vitals"], news2.Vitals)
+            self._last_vital[name] = now
+        for stream, carried in state["streams"].items():
+            self._put_stream(stream, carried, group, now)
+        if state["alerts"] is not None:
+            self._put_alerts(name, state["alerts"])
+        self._keeper.moved(name, now)
+
+    def _put_stream(self, name: str, carried: Mapping[str, Any], group: Group, now: float) -> None:
+        request = msgspec.convert(carried["open"], messages.Open)
+        life = lives.put(carried["life"])
+        fault = self._cannot_go_on(request, carried["sha256"])
+        if not fault:
+            session = self._session(request)
+            try:
+                slot = self._lanes[request.model].put(session, carried["row"])
+            except Refused as refused:
+                fault = refused.code
+        if fault:
+            log.error("stream %s cannot go on: %s", name, fault)
+            counts = carried["row"]["session"]
+            closed = messages.Closed(name, fault, **{key: counts[key] for key in _COUNTS})
+            self._over[name] = Over(life, closed, now)
+            group.over.add(name)
+            return
+        life.ack, life.written = session.repeat_ack(), session.acked_samples
+        self._feed(self._enter(session, slot, _NOBODY, life, now), now)
+
+    def _cannot_go_on(self, request: messages.Open, sha256: str) -> str:
+        """Return why a stream has no place here, as a code; empty: it has."""
+        model = self._models.get(request.model)
+        if model is None:
+            return "unknown_model"
+        if sha256 not in (model.fingerprint, *model.spec.continues):
+            return "model_changed"
+        return "full" if self._lanes[request.model].slots.full else ""
+
+    def _put_alerts(self, subject: str, memory: Any) -> None:
+        try:
+            told = self._alerts.put_back(subject, memory, live=True)
+        except msgspec.ValidationError as error:
+            raise CheckpointError(f"alerts: {error}") from None
+        for stream in memory["streams"]:
+            if stream not in self._streams:  # it has no life: it went with its connection
+                told += self._alerts.lost(subject, stream, tell=False)
+        self._tell_alerts(told)
+        if self._audit is not None:  # it may not have got what was told last
+            for stream in memory["streams"]:
+                self._audit.add(self._told_alerts(stream), self._alerts.take_out(subject))
+
+    def _told_alerts(self, name: str) -> list[messages.Alert]:
+        """Return the alerts among the results of a stream that are kept."""
+        stream = self._streams.get(name)
+        if stream is None or stream.life is None:
+            return []
+        kept = [one.encoded for one in stream.life.told if one.kind == "alert"]
+        return [one for one in map(messages.decode_reply, kept) if isinstance(one, messages.Alert)]
+
+    def _forget_lives(self, now: float) -> None:
+        """Give up streams whose client does not come back, and forget those that are over."""
+        for name, stream in list(self._streams.items()):
+            if stream.peer == _NOBODY and now - self._last_chunk[name] > self.limits.resume_s:
+                self._end(stream, "gone")
+        for name in [
+            n for n, over in self._over.items() if now - over.since > self.limits.resume_s
+        ]:
+            self._forget_over(name)
+
+    def _forget_over(self, name: str) -> None:
+        del self._over[name]
+        for group in self._keeper.groups.values():
+            if name in group.over:
+                group.over.discard(name)
+                self._keeper.moved(group.name, self._now)
 
     # --- vitals ----------------------------------------------------------------------------
 
@@ -578,6 +956,7 @@ class Engine:
                 raise Refused("full", f"limits.max_streams is {self.limits.max_streams}: subjects")
             self._vitals[subject] = news2.Vitals()
         self._last_vital[subject] = now
+        self._keeper.moved(subject, now)
         self._vitals[subject].note(vital.parameter, value, vital.seconds)
         self._tell(peer, self._tell_vitals(subject))
 
@@ -665,17 +1044,28 @@ class Engine:
         self._tell(peer, messages.AlertList(request.id, active))
 
     def _tell_alerts(self, alerts: list[messages.Alert]) -> None:
-        """Tell transitions to the clients of their streams and to subscribers, and write them."""
-        for subject in dict.fromkeys(alert.subject for alert in alerts):
-            told = [self._stated(alert) for alert in alerts if alert.subject == subject]
-            for alert in told:
-                encoded = messages.encode(alert)
-                stream = self._streams.get(alert.stream)
-                if stream is not None:
-                    self.peers[stream.peer].outbox.append(encoded)
-                self._publish(alert, alert.stream, encoded)
-            if self._audit is not None:
-                self._audit.add(told, self._alerts.take_out(subject))
+        """Tell transitions, those of durable streams with their next checkpoint."""
+        for alert in map(self._stated, alerts):
+            stream = self._streams.get(alert.stream)
+            if stream is None or stream.life is None:
+                self._tell_alert(alert)
+                continue
+            session, life = stream.session, stream.life
+            life.number(alert)
+            life.keep(alert, messages.encode(alert), session.samples, session.credit)
+            # A transition may have other causes than samples, which do not come again after a
+            # crash. So nobody hears of one that could be undone.
+            self._owe(stream, life, alert)
+
+    def _tell_alert(self, alert: messages.Alert) -> None:
+        """Tell a transition to its stream's client and to subscribers, and write it down."""
+        encoded = messages.encode(alert)
+        stream = self._streams.get(alert.stream)
+        if stream is not None:
+            self._send(stream.peer, encoded)
+        self._publish(alert, alert.stream, encoded)
+        if self._audit is not None:
+            self._audit.add([alert], self._alerts.take_out(alert.subject))
 
     def _stated(self, alert: messages.Alert) -> messages.Alert:
         """Return a transition with the model that its stream is served by."""
@@ -697,8 +1087,10 @@ class Engine:
         self._summarised = {subject for subject, active in found.items() if active.alerts}
 
     def _restore(self, audit: Audit) -> None:
-        """Go on with the alerts that an audit log holds."""
+        """Go on with the alerts that an audit log holds, of who has no checkpoint."""
         for subject, state in audit.states():
+            if subject in self._keeper.groups:
+                continue
             try:
                 told = self._alerts.put_back(subject, state, live=False)
             except msgspec.ValidationError as error:

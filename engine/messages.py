@@ -37,6 +37,7 @@ Actor = Annotated[str, Meta(min_length=1, max_length=64)]  # who asks for it
 Clock = Literal["device", "host", "ptp"]
 Seconds = Annotated[float, Meta(ge=-1e12, le=1e12)]
 Mask = Annotated[int, Meta(ge=0, le=2**62)]  # bit k: channel k
+Seen = Annotated[dict[str, Index], Meta(max_length=32)]  # highest number, by type of result
 
 
 class Message(msgspec.Struct, frozen=True, tag_field="type", tag=str.lower):
@@ -109,6 +110,11 @@ class Open(Message, frozen=True):
     device: Device | None = None
     channel_info: Annotated[tuple[Channel, ...], Meta(max_length=64)] = ()  # empty, or of each
     clock: Clock | None = None  # which one the chunks' times were read from; None: do not look
+    # Drawn at random by the client for each new stream: who knows it may go on with the stream on
+    # another connection, of a restarted server as well. 0: the stream ends with its connection.
+    life: Index = 0
+    resume: bool = False  # go on with that life; the rest is as at its beginning
+    seen: Seen = {}  # of its results; those behind are told again
 
 
 class Flags(msgspec.Struct, frozen=True):
@@ -196,6 +202,32 @@ class ListAlerts(Message, frozen=True):
     id: Index = 0
 
 
+class Again(Message, frozen=True):
+    """Ask for the latest results of a stream behind those that were seen; for subscribers."""
+
+    stream: Name
+    life: Index
+    seen: Seen
+    id: Index = 0
+
+
+class Adopt(Message, frozen=True):
+    """From a server that gives its streams away: go on with these."""
+
+    name: Name  # of whose signals they are
+    state: bytes  # as engine/checkpoint.py writes it
+    id: Index = 0
+
+
+class Drain(Message, frozen=True):
+    """Give all streams to another server, and stop."""
+
+    to: Text  # address at which it takes clients
+    publish: Text  # and subscribers
+    key: Text = ""  # its public key, if it has one
+    id: Index = 0
+
+
 # --- from the server -------------------------------------------------------------------------
 
 
@@ -221,31 +253,20 @@ class Opened(Message, frozen=True):
     credit: int  # samples that may be in flight beyond the last ack's index
     look_ahead_s: float  # how far behind the signal a result lies, beside the hop
     hop_s: float
+    resumed: bool = False  # the life goes on
+    seq: int = 0  # of the next chunk that is wanted
+    durable: bool = False  # acks wait until what they name is on the disk
 
 
 class Ack(Message, frozen=True):
-    """All effects of the chunks up to ``seq`` are out; ``index`` is the next sample's."""
+    """All effects of the chunks up to ``seq`` are out; ``index`` is the next sample's.
+
+    Of a durable stream they are on the disk as well: no crash makes them be asked for again.
+    """
 
     stream: str
     seq: int
     index: int
-
-
-class Gap(Message, frozen=True):
-    """Samples ``start`` to ``end`` (exclusive) took no part in any result."""
-
-    stream: str
-    start: int
-    end: int
-    state: Gapped  # what became of the model's state
-
-
-class Bridged(Message, frozen=True):
-    """Samples ``start`` to ``end`` (exclusive) never came, and were interpolated."""
-
-    stream: str
-    start: int
-    end: int
 
 
 class Flushed(Message, frozen=True):
@@ -278,6 +299,29 @@ class AlertList(Message, frozen=True):
     subjects: tuple["ActiveAlerts", ...]
 
 
+class Recalled(Message, frozen=True):
+    """Answer to again: what is kept has been told, of which these are the latest numbers."""
+
+    stream: str
+    life: int
+    numbers: dict[str, int]
+    id: int = 0
+
+
+class Adopted(Message, frozen=True):
+    """Answer to adopt: the streams go on here."""
+
+    id: int
+
+
+class Moved(Message, frozen=True):
+    """All streams of this connection go on at another address; open them there again."""
+
+    to: str
+    publish: str
+    key: str = ""  # public key of that server, if it has one
+
+
 class Pong(Message, frozen=True):
     """Answer to ping."""
 
@@ -296,7 +340,35 @@ class Error(Message, frozen=True):
 # --- results: to the client, and published under the topic "type/stream" ----------------------
 
 
-class Beat(Message, frozen=True):
+class Numbered(Message, frozen=True, kw_only=True):
+    """A result that is told exactly once: who has seen its number has seen it.
+
+    Each topic counts for itself, from 1, without holes. After a crash, or where a connection was
+    lost, results may come again; they are the same to the last bit, and so are their numbers.
+    """
+
+    life: int = 0  # of the stream; 0: it has none, and nothing is numbered
+    number: int = 0
+
+
+class Gap(Numbered, frozen=True):
+    """Samples ``start`` to ``end`` (exclusive) took no part in any result."""
+
+    stream: str
+    start: int
+    end: int
+    state: Gapped  # what became of the model's state
+
+
+class Bridged(Numbered, frozen=True):
+    """Samples ``start`` to ``end`` (exclusive) never came, and were interpolated."""
+
+    stream: str
+    start: int
+    end: int
+
+
+class Beat(Numbered, frozen=True):
     """One heart beat. ``decided_at``: the samples before this index sufficed to decide."""
 
     stream: str
@@ -308,7 +380,7 @@ class Beat(Message, frozen=True):
     heart_rate_bpm: float | None  # None until two intervals are known
 
 
-class Measures(Message, frozen=True):
+class Measures(Numbered, frozen=True):
     """What is known of the signal at a sample, each value under its name with its unit.
 
     A measure that is not known is absent: it is neither zero nor what it was before.
@@ -321,7 +393,7 @@ class Measures(Message, frozen=True):
     values: dict[str, float]
 
 
-class Alert(Message, frozen=True):
+class Alert(Numbered, frozen=True):
     """A transition: the alert of a rule and a subject went from one state to another.
 
     It was raised where ``state`` is active and ``from_state`` none of active, acknowledged and
@@ -380,7 +452,7 @@ class ActiveAlerts(Message, frozen=True):
     notice: str = NOTICE
 
 
-class Scores(Message, frozen=True):
+class Scores(Numbered, frozen=True):
     """One step's output of a model, as it is: float32, little-endian, in C order."""
 
     stream: str
@@ -390,7 +462,7 @@ class Scores(Message, frozen=True):
     data: bytes
 
 
-class Samples(Message, frozen=True):
+class Samples(Numbered, frozen=True):
     """Signal that a model made, float32, little-endian, at the model's rate."""
 
     stream: str
@@ -418,7 +490,7 @@ class Partial(Message, frozen=True):
     stable_words: int  # so many words at the beginning are not expected to change
 
 
-class Final(Message, frozen=True):
+class Final(Numbered, frozen=True):
     """What an utterance says; it does not change any more."""
 
     stream: str
@@ -433,12 +505,15 @@ class Final(Message, frozen=True):
 
 
 AlertRequest = Acknowledge | PauseAlerts | ResumeAlerts | ListAlerts
-Request = Hello | Open | Chunk | Flush | Close | Ping | Vital | AlertRequest
+Handover = Adopt | Drain
+Request = Hello | Open | Chunk | Flush | Close | Ping | Vital | AlertRequest | Again | Handover
 Result = Beat | Measures | Alert | ActiveAlerts | Scores | Samples | Partial | Final | Gap | Bridged
-Reply = Welcome | Opened | Ack | Flushed | Closed | AlertList | Pong | Error | Result
+Answer = Welcome | Opened | Ack | Flushed | Closed | AlertList | Pong | Error | Recalled
+Reply = Answer | Adopted | Moved | Result
 
 encode = msgspec.msgpack.Encoder().encode
 decode_requests = msgspec.msgpack.Decoder(list[Request]).decode
+decode_reply = msgspec.msgpack.Decoder(Reply).decode
 decode_replies = msgspec.msgpack.Decoder(list[Reply]).decode
 
 

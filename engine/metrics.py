@@ -54,7 +54,9 @@ class Metrics(Collector):
         self.runs: dict[str, Counter[tuple[int, int]]] = {}  # of each model: by rows and hops
         self.dropped_peers = 0  # that did not read, or died
         self.audit_lost = 0
+        self.lost_checkpoints = 0  # that could not be read
         self.refused: Counter[str] = Counter()  # by code
+        self.failed: Counter[str] = Counter()  # streams, by code
         self.results: Counter[str] = Counter()  # by type
         self.batch_rows = Histogram(_BATCH_BUCKETS)
         self.step_seconds = Histogram(_STEP_BUCKETS)
@@ -72,10 +74,14 @@ class Metrics(Collector):
             ("rows", "hops stepped", self.rows),
             ("missed_deadlines", "hops whose results left late", self.missed_deadlines),
             ("dropped_peers", "connections given up", self.dropped_peers),
+            ("lost_checkpoints", "checkpoints that could not be read", self.lost_checkpoints),
             ("audit_lost", "transitions of alerts that were not written", self.audit_lost),
         ):
             yield CounterMetricFamily(f"murmur_{name}", text, value=value)
         yield _labelled("murmur_refused", "messages not accepted", "code", self.refused.items())
+        yield _labelled(
+            "murmur_failed", "streams that ended by a fault", "code", self.failed.items()
+        )
         yield _labelled("murmur_results", "results told", "type", self.results.items())
         labels = ["model", "rows", "hops"]
         runs = CounterMetricFamily("murmur_runs", "calls of the models", labels=labels)

@@ -144,6 +144,9 @@ class ModelSpec(_Statement, frozen=True):
     gate: Gate | None = None  # of the pipeline speech only
     decoding: Decoding = Decoding()  # of the pipeline speech
     beats: Beats | None = None  # of the pipeline heart
+    # Fingerprints of earlier models whose streams may go on with this one: their states mean the
+    # same. A stream of any other model is not taken over from a checkpoint.
+    continues: tuple[str, ...] = ()
 
     @property
     def states(self) -> tuple[State, ...]:
@@ -173,6 +176,12 @@ class Model(NamedTuple):
     folder: Path = BUNDLED  # of the statement, beside which its other files lie
     gate: "Model | None" = None
     beats: "Model | None" = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all files whose state a stream carries."""
+        parts = (self, self.gate, self.beats)
+        return "+".join(one.sha256 for one in parts if one is not None)
 
 
 def encode_spec(spec: ModelSpec) -> str:

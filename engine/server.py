@@ -19,6 +19,7 @@ import zmq
 from engine import metrics, model_file, rules
 from engine.alerts import Alerts
 from engine.audit import Audit
+from engine.checkpoint import Store
 from engine.config import Config
 from engine.gate import GatedRuntime
 from engine.loop import Engine
@@ -77,6 +78,8 @@ class Server:
         self._recorder = (
             Recorder(Path(kept.folder), kept.max_mb, kept.flush_s) if kept.folder else None
         )
+        saved = config.checkpoints
+        self._store = Store(Path(saved.path), saved.max_mb, self._wake) if saved.path else None
         self.engine = Engine(
             served,
             config.limits,
@@ -87,6 +90,8 @@ class Server:
             audit=self._audit,
             summary_s=chosen.summary_s,
             recorder=self._recorder,
+            store=self._store,
+            checkpoints=saved,
         )
         self.model_names = [model.spec.name for model, _ in served]
         self._stopping = False
@@ -140,6 +145,7 @@ class Server:
         next_tick = time.monotonic() + _TICK_S
         stopped = math.inf
         arrival = time.monotonic()
+        self.engine.restore(arrival)
         while True:
             all_read = self._receive(arrival)
             # What comes during a step or a deaf pause is taken to have come at its beginning: its
@@ -216,6 +222,8 @@ class Server:
         self._subscribers.close()
         self._waker.close()
         self._woken.close()
+        if self._store is not None:
+            self._store.close()
         if self._audit is not None:
             self._audit.close()
         self._context.term()

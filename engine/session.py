@@ -9,10 +9,11 @@ sender's clock runs.
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,6 +25,25 @@ from engine.signal import Resampler, rate_ratio, unit_factor
 
 _MAX_FLUSHES = 16
 _NEVER = 2**63
+_OWN = Bridged | Measures  # what a session tells by itself
+# All that a session carries, beside what is not a number: see `take`.
+_CARRIED = (
+    "end_index",
+    "ending",
+    "chunks",
+    "samples",
+    "duplicates",
+    "gaps",
+    "lost_samples",
+    "bridged_samples",
+    "reordered",
+    "late",
+    "last_flush",
+    "flushed",
+    "_next_seq",
+    "_held_samples",
+    "_unbroken_from",
+)
 _REMEMBERED = 16  # stretches of chunks that were given up: who comes late is told from a duplicate
 _DTYPES: dict[str, np.dtype[Any]] = {"f4": np.dtype("<f4"), "i2": np.dtype("<i2")}
 
@@ -98,6 +118,8 @@ class Session:
         Takes (index, values) of each chunk in order, in the model's unit at the stream's own rate.
     steps : list of (float, float)
         Gain and offset of each channel, from what is sent to the model's unit.
+    last_flush, flushed : int
+        Ids of the last flush that was asked for, and of the last that was answered.
     """
 
     def __init__(
@@ -117,6 +139,7 @@ class Session:
         self.ending = False
         self.chunks = self.samples = self.duplicates = self.gaps = self.lost_samples = 0
         self.bridged_samples = self.reordered = self.late = 0
+        self.last_flush = self.flushed = 0  # ids of the last that was asked for and answered
         self.tap: Callable[[int, NDArray[np.float32]], None] | None = None
         self.opened, self._signal = opened, signal
         self._dtype, self._channels = _DTYPES[opened.dtype], opened.channels
@@ -208,6 +231,7 @@ class Session:
             raise Refused("over_credit", f"expected at most {_MAX_FLUSHES} flushes on their way")
         self.give_up()
         self._drain_resampler()
+        self.last_flush = flush_id
         self._unbroken_from = self.samples
         self.inbox.append(Tail(flush_id, self.end_index))
 
@@ -437,6 +461,55 @@ class Session:
         seconds = (lost.end - lost.start) / self.rate_hz
         return Measures(self.name, lost.end, lost.end / self.rate_hz, lost.end, {"gap_s": seconds})
 
+    @property
+    def next_seq(self) -> int:
+        """The number of the chunk that is next."""
+        return self._next_seq
+
+    @property
+    def acked_samples(self) -> int:
+        """How many samples of the stream lie before the last ack's index."""
+        return self._acked[2]
+
+    def due_at(self) -> int | None:
+        """Return the index before which something of the stream itself is to be told."""
+        return self._due[0][0] if self._due else None
+
+    # --- from one server to the next -------------------------------------------------------
+
+    def take(self) -> dict[str, Any]:
+        """Return all that is carried, as plain data and arrays, to be put back elsewhere."""
+        return {name: getattr(self, name) for name in _CARRIED} | {
+            "inbox": [(type(item).__name__, *item) for item in self.inbox],
+            "resampler": None if self._resampler is None else self._resampler.take(),
+            "held": [(held.chunk, held.arrived) for held in self._held],
+            "given_up": [(numbers.start, numbers.stop) for numbers in self._given_up],
+            "latest": self._latest[-1:],
+            "due": list(self._due),
+            "acked": self._acked,
+            "marks": list(self._marks),
+            "anchors": list(self._anchors),
+            "watch": self._watch.take(),
+        }
+
+    def put(self, carried: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`take` returned of a session that was opened likewise."""
+        for name in _CARRIED:
+            setattr(self, name, carried[name])
+        self.inbox.extend(_item(*item) for item in carried["inbox"])
+        if self._resampler is not None:
+            self._resampler.put(carried["resampler"])
+        chunks = [(msgspec.convert(chunk, Chunk), at) for chunk, at in carried["held"]]
+        self._held = [Held(chunk, self._read(chunk), at) for chunk, at in chunks]
+        self._given_up.extend(range(*numbers) for numbers in carried["given_up"])
+        self._latest = carried["latest"]
+        self._due.extend((at, msgspec.convert(told, _OWN)) for at, told in carried["due"])
+        self._acked = _three(carried["acked"])
+        self._marks.extend((at, *_three(ack)) for at, *ack in carried["marks"])
+        self._anchors.clear()
+        self._anchors.extend((at, index) for at, index in carried["anchors"])
+        self._watch.put(carried["watch"])
+
     def repeat_ack(self) -> Ack:
         """Return the last ack again, for a client that sent something twice."""
         seq, index, _ = self._acked
@@ -477,6 +550,21 @@ class _Watch:
         self.on = opened.clock is not None or self._limits is not None
         if self.on:
             self._due = opened.index + self._second
+
+    def take(self) -> list[Any]:
+        """Return all that is carried, to be put back elsewhere."""
+        clock = None if self._clock is None else (self._source, self._clock.take())
+        own = self._leap_s, self._due, self._outside, self._after_gap, self.on
+        return [clock, self._flags, *own]
+
+    def put(self, carried: Sequence[Any]) -> None:
+        clock, flags, self._leap_s, self._due, self._outside, self._after_gap, self.on = carried
+        self._flags = None if flags is None else msgspec.convert(flags, Flags)
+        if clock is not None:
+            self._source, line = clock
+            self._clock = Clock(self._rate_hz, leaps=self._source != "arrived")
+            if self._source != "arrived":  # of a clock that may have stopped with its server
+                self._clock.put(line)
 
     def gap(self, end: int) -> None:
         """Begin the seconds anew after lost samples."""
@@ -550,6 +638,20 @@ class _Watch:
 
     def _measures(self, index: int, values: dict[str, float]) -> Message:
         return Measures(self._name, index, index / self._rate_hz, index, values)
+
+
+def _item(kind: str, *fields: Any) -> Item:
+    """Return an item of the inbox as it was."""
+    if kind == "Samples":
+        values, ack = fields
+        return Samples(values, None if ack is None else _three(ack))
+    kinds: dict[str, type[Lost | Tail | End]] = {"Lost": Lost, "Tail": Tail, "End": End}
+    return kinds[kind](*fields)
+
+
+def _three(numbers: Sequence[int]) -> tuple[int, int, int]:
+    seq, index, samples = numbers
+    return seq, index, samples
 
 
 def _flag_measures(flags: Flags) -> dict[str, float]:

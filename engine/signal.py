@@ -121,6 +121,14 @@ class Resampler:
             return np.empty((0, self._kept.shape[1]), np.float32)
         return self.push(np.repeat(self._kept[-1:], self.reach, axis=0))
 
+    def take(self) -> tuple[int, NDArray[np.float32], bool, int]:
+        """Return all that is carried, to be put back here or elsewhere."""
+        return self._first, self._kept, self._fresh, self._produced
+
+    def put(self, carried: tuple[int, NDArray[np.float32], bool, int]) -> None:
+        self._first, kept, self._fresh, self._produced = carried
+        self._kept = kept.copy()
+
     def _forget(self) -> None:
         oldest = self._produced * self.down // self.up - self.reach
         steps = (oldest - self._first) // self.down

@@ -7,8 +7,9 @@ and :class:`AudioWing` serve any model; ``engine/heart`` is a wing of its own.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,11 +59,17 @@ class Wing(Protocol):
         Of the machine that a stream takes beside the model's steps.
     runs : mapping of str to Counter
         Calls of further models that the wing makes, by their rows and hops.
+    failed : dict of int to str
+        Slots that it could not read, or take further, and why; who reads them clears them. What
+        is told of them then is void, and their streams cannot go on.
     """
 
     delay: int
     share: float
     runs: Runs
+
+    @property
+    def failed(self) -> dict[int, str]: ...
 
     def open(self, slot: int, timeline: Timeline, request: Open) -> None:
         """Begin a stream, with what its open asks for; a reset follows.
@@ -86,6 +93,18 @@ class Wing(Protocol):
         if the samples on both sides were neighbours.
         """
 
+    def take(self, slot: int) -> Any:
+        """Return all that a stream carries, in numbers, texts, bytes, arrays, lists and maps.
+
+        Nothing may be pending. It is not a copy: encode it before the next step.
+        """
+
+    def put(self, slot: int, carried: Any) -> None:
+        """Go on from what :meth:`take` returned, in a row that was opened and reset likewise.
+
+        Tuples have become lists.
+        """
+
     def push(self, rows: Rows, outputs: Outputs) -> list[tuple[int, Message]]:
         """Return results as (row, message), those of a row in the order of time."""
 
@@ -101,6 +120,10 @@ class PromptWing:
 
     share = 0.0
     runs = NO_RUNS
+
+    @cached_property
+    def failed(self) -> dict[int, str]:
+        return {}
 
     def open(self, slot: int, timeline: Timeline, request: Open) -> None:
         """Nothing is asked for."""
@@ -140,6 +163,12 @@ class ScoresWing(PromptWing):
         """Nothing is remembered."""
 
     def gap(self, slot: int, state: Gapped) -> None:
+        """Nothing is remembered."""
+
+    def take(self, slot: int) -> None:
+        """Nothing is remembered."""
+
+    def put(self, slot: int, carried: None) -> None:
         """Nothing is remembered."""
 
     def push(self, rows: Rows, outputs: Outputs) -> list[tuple[int, Message]]:
@@ -186,6 +215,14 @@ class AudioWing(PromptWing):
         """Let go of the overlap, unless the model goes on."""
         if state == "reset":
             self.reset(slot)
+
+    def take(self, slot: int) -> NDArray[np.float32]:
+        """Return the overlap."""
+        row: NDArray[np.float32] = self.sums[slot]
+        return row
+
+    def put(self, slot: int, carried: NDArray[np.float32]) -> None:
+        self.sums[slot] = carried
 
     def push(self, rows: Rows, outputs: Outputs) -> list[tuple[int, Message]]:
         """Return the samples that each row's step completed."""

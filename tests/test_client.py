@@ -77,7 +77,8 @@ def test_samples_may_be_left_out_and_the_gap_is_told(client: Client) -> None:
     stream.send(SIGNAL[:40])
     assert stream.flush() == 640
     told = list(client.events())
-    assert [event for event in told if isinstance(event, m.Gap)] == [m.Gap("s", 540, 600, "reset")]
+    (gap,) = (event for event in told if isinstance(event, m.Gap))
+    assert gap == m.Gap("s", 540, 600, "reset", life=stream.request.life, number=1)
     assert [scores.index for scores in beats(told)] == [520, 540, 620, 640]
 
 
@@ -199,8 +200,9 @@ def test_an_ack_of_the_connection_before_is_not_taken_for_one_of_the_next() -> N
     stream.opened(m.Opened("s", "tiny", "", 200, 0.0, 0.2))
     stream.send(SIGNAL[:150])  # chunks of 50
     stream.acked(m.Ack("s", 0, 50))
-    opened, *again = stream.resume()
-    assert opened == m.Open("s", "tiny", 100.0, "mV", index=50)
+    stream.resume()
+    opened, *again = stream.begin_anew()
+    assert opened == m.Open("s", "tiny", 100.0, "mV", index=50, life=stream.request.life)
     second, third = wire.told[1:]
     assert [(one.seq, one.index, one.data) for one in again] == [
         (0, 50, second.data),
@@ -208,7 +210,7 @@ def test_an_ack_of_the_connection_before_is_not_taken_for_one_of_the_next() -> N
     ]
     stream.acked(m.Ack("s", 1, 100))  # of the old numbering: the second chunk
     assert stream.acked_index == 50
-    assert stream.resume() == [opened, *again]
+    assert stream.begin_anew()[1:] == again
 
 
 def test_a_fast_stream_is_cut_into_chunks_that_the_server_takes(serving: Starter) -> None:

@@ -301,7 +301,11 @@ def test_a_client_goes_on_with_the_next_server_at_that_address(
             assert_plain(tiny_path, after, SIGNAL[500:1200], stream.name, first=500)
             closed = stream.close()
             assert (closed.samples, closed.duplicates, closed.lost_samples) == (700, 0, 0)
-    assert not [event for event in after if isinstance(event, m.Gap | m.Error | m.Closed)]
+    other = [event for event in after if isinstance(event, m.Gap | m.Error | m.Closed)]
+    assert [(one.code, one.stream) for one in other] == [
+        ("unknown_life", "s"),
+        ("unknown_life", "t"),
+    ]
 
 
 def test_a_stream_that_the_next_server_refuses_ends_and_the_others_go_on(

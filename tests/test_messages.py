@@ -22,6 +22,9 @@ REQUESTS: list[m.Request] = [
     m.PauseAlerts("p-17", "", 120.0, "nurse-3", True, 2),
     m.ResumeAlerts("p-17", "", "nurse-3", 3),
     m.ListAlerts("p-17", 4),
+    m.Again("bed-7", 77, {"beat": 12}, 5),
+    m.Adopt("p-17", b"murmur", 6),
+    m.Drain("tcp://10.0.0.2:7700", "tcp://10.0.0.2:7701", "", 7),
 ]
 ACTIVE = m.ActiveAlerts(
     "p-17",
@@ -38,6 +41,9 @@ REPLIES: list[m.Reply] = [
     m.Flushed("bed-7", 9, 200),
     m.Closed("bed-7", "closed", 1, 2, 3, 4, 5),
     m.Pong(4),
+    m.Recalled("bed-7", 77, {"beat": 13}, 5),
+    m.Adopted(6),
+    m.Moved("tcp://10.0.0.2:7700", "tcp://10.0.0.2:7701"),
     m.Error("malformed", "why", "bed-7", 3),
     m.Beat("bed-7", 180, 0.5, "N", 0.75, 250, None),
     m.Measures("bed-7", 180, 0.5, 250, {"heart_rate_bpm": 61.5}),

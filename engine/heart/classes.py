@@ -8,7 +8,7 @@ are named in one call.
 
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -26,6 +26,7 @@ class Stepper(Protocol):
 
     max_rows: int
     runs: Counter[tuple[int, int]]
+    failed: dict[int, str]
 
     def reset(self, slot: int) -> None: ...
     def step(self, slots: NDArray[np.intp], windows: Array) -> Mapping[str, Array]: ...
@@ -103,11 +104,13 @@ class BeatClassifier:
             tuple(self._waiting[slot]),
         )
 
-    def put(self, slot: int, carried: Carried) -> None:
+    def put(self, slot: int, carried: Sequence[Any]) -> None:
+        """Go on from what was taken, also after a way through MessagePack."""
+        carried = Carried(*carried)
         self._runtime.put(slot, carried.state)
         self.kept[slot], self.fresh[slot] = carried.kept, carried.fresh
         self.last[slot] = carried.last
-        self._waiting[slot] = deque(carried.waiting)
+        self._waiting[slot] = deque(Beat(*beat) for beat in carried.waiting)
 
     def rhythm(self, beat: Beat) -> dict[str, float]:
         """Return the measures of the rhythm that a beat was heard in, its probabilities."""

@@ -32,7 +32,6 @@ part of CinC 2017, resampled to 360 Hz: ``python -m training.rhythm --cinc`` pri
 (training/LOG.md).
 """
 
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -104,13 +103,12 @@ class Quality:
     def reset(self, slot: int) -> None:
         self._leads[slot] = [Lead() for _ in range(self._channels)]
 
-    def take(self, slot: int) -> list[Any]:
+    def take(self, slot: int) -> bytes:
         """Return all that a row carries, to be put back here or elsewhere."""
-        found: list[Any] = msgspec.to_builtins(self._leads[slot])
-        return found
+        return msgspec.msgpack.encode(self._leads[slot])
 
-    def put(self, slot: int, carried: list[Any]) -> None:
-        self._leads[slot] = msgspec.convert(carried, list[Lead])
+    def put(self, slot: int, carried: bytes) -> None:
+        self._leads[slot] = msgspec.msgpack.decode(carried, type=list[Lead])
 
     def push(self, ended: Ended, restless: Array) -> list[dict[str, float]]:
         """Return the measures of each ended second; what is not known is absent.

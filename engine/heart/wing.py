@@ -6,6 +6,7 @@ the end of a second is of the beats that are known by then. Nothing told hangs o
 cut into steps: what happens in one is told in the order in which it was known.
 """
 
+from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -13,7 +14,9 @@ import msgspec
 import numpy as np
 
 from engine import messages
+from engine.errors import fault
 from engine.heart import classes, seconds
+from engine.heart.activity import Second, steepness
 from engine.heart.beats import REFRACTORY_S, Beat, BeatFinder
 from engine.heart.classes import BeatClassifier, Stepper
 from engine.heart.fibrillation import Fibrillation
@@ -27,7 +30,15 @@ from engine.wing import Outputs, PromptWing, Rows, Timeline
 _NEVER = 2**62  # a position beyond all; a lag added to it stays within int64
 
 # The samples up to here sufficed, a beat before the end of a second, and which of them it was.
-Event = tuple[int, int, Beat | dict[str, float]]
+Event = tuple[int, int, "Beat | Judged"]
+
+
+class Judged(NamedTuple):
+    """A second of signal: what is told of it, and of each lead its greatest slope and mean."""
+
+    values: dict[str, float]
+    slopes: list[float]
+    means: list[float]
 
 
 class Carried(NamedTuple):
@@ -35,9 +46,9 @@ class Carried(NamedTuple):
 
     finder: tuple[float, int, int, int]
     seconds: seconds.Carried
-    quality: list[Any]
+    quality: bytes
     fibrillation: list[bool]
-    rhythm: Any
+    rhythm: bytes
     cut: bool
     named: classes.Carried | None
     heard: dict[str, float]
@@ -73,6 +84,7 @@ class HeartWing(PromptWing):
             )
             self.delay = max(self.delay, self.classifier.after)
             self.runs = {naming.spec.name: naming.stepper.runs}
+            self.failed = naming.stepper.failed  # also of what the second model fails on
         self._heard: dict[int, dict[str, float]] = {}  # the rhythm that the last beat told
         self.seconds = Seconds(self._rate_hz, channels, num_slots)
         self.quality = Quality(self._rate_hz, channels)
@@ -110,18 +122,20 @@ class HeartWing(PromptWing):
             self.seconds.take(slot),
             self.quality.take(slot),
             self.fibrillation.take(slot),
-            msgspec.to_builtins(self._rhythm[slot]),
+            msgspec.msgpack.encode(self._rhythm[slot]),
             bool(self._cut[slot]),
             None if self.classifier is None else self.classifier.take(slot),
             self._heard[slot],
         )
 
-    def put(self, slot: int, carried: Carried) -> None:
+    def put(self, slot: int, carried: Sequence[Any]) -> None:
+        """Go on from what was taken, also after a way through MessagePack."""
+        carried = Carried(*carried)
         self.finder.put(slot, carried.finder)
         self.seconds.put(slot, carried.seconds)
         self.quality.put(slot, carried.quality)
         self.fibrillation.put(slot, carried.fibrillation)
-        self._rhythm[slot] = msgspec.convert(carried.rhythm, Rhythm)
+        self._rhythm[slot] = msgspec.msgpack.decode(carried.rhythm, type=Rhythm)
         self._cut[slot] = carried.cut
         if self.classifier is not None and carried.named is not None:
             self.classifier.put(slot, carried.named)
@@ -142,11 +156,15 @@ class HeartWing(PromptWing):
         events = self._events(rows, outputs)
         for row in np.flatnonzero(self._due[rows.slots] + lag <= until).tolist():
             events.setdefault(row, [])
-        return [
-            (row, message)
-            for row, happened in events.items()
-            for message in self._tell(rows, row, happened, lag, int(until[row]))
-        ]
+        told: list[tuple[int, Message]] = []
+        for row, happened in events.items():
+            try:
+                messages = self._tell(rows, row, happened, lag, int(until[row]))
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is this stream's
+                self.failed[int(rows.slots[row])] = fault(f"stream {rows.streams[row].name}", error)
+                continue
+            told += [(row, message) for message in messages]
+        return told
 
     def _events(self, rows: Rows, outputs: Outputs) -> dict[int, list[Event]]:
         """Return the beats that a step decided and the seconds that it ended, by row."""
@@ -164,13 +182,20 @@ class HeartWing(PromptWing):
             unrest = restless(ended.latest)
             judged = self.quality.push(ended, unrest)
             suspected = self.fibrillation.push(ended, unrest)
-            for row, end, values, share in zip(
-                ended.rows, ended.ends, judged, suspected, strict=True
+            slopes, means = steepness(ended.latest, self.seconds.slow_hz)
+            for row, end, values, share, *leads in zip(
+                ended.rows,
+                ended.ends,
+                judged,
+                suspected,
+                slopes.tolist(),
+                means.tolist(),
+                strict=True,
             ):
                 if share is not None:
                     values["fibrillation_suspected"] = share
                 if end <= rows.end[row]:
-                    events.setdefault(row, []).append((end, 1, values))
+                    events.setdefault(row, []).append((end, 1, Judged(values, *leads)))
         return events
 
     def _tell(
@@ -187,7 +212,8 @@ class HeartWing(PromptWing):
                 if self.classifier is not None:
                     self._heard[slot] = self.classifier.rhythm(what)
             else:
-                values = what | rhythm.measures(known - lag) | self._heard[slot]
+                rhythm.activity.second(Second(known, what.slopes, what.means))
+                values = what.values | rhythm.measures(known - lag) | self._heard[slot]
                 told.append(_measures(stream, known, known, values))
         told += _pauses(rhythm, stream, until - lag + 1, lag, end)
         self._await(slot)

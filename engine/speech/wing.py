@@ -15,13 +15,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import ModelFileError
+from engine.errors import ModelFileError, fault
 from engine.gate import VOICE
 from engine.messages import Final, Gapped, Message, Open, Partial, Speech, Word
 from engine.model_file import Model
@@ -46,6 +46,7 @@ _WORD_END_S = 0.1
 _SEAM_S = 0.1
 
 Scores = NDArray[np.float32]  # (frames, labels), natural logarithms
+_T = TypeVar("_T")
 
 
 class _Placed(NamedTuple):
@@ -144,6 +145,7 @@ class SpeechWing:
 
     def __init__(self, model: Model, num_slots: int, wake: Callable[[], None]) -> None:
         spec = model.spec
+        self.failed: dict[int, str] = {}
         self._wake = wake
         self._rate_hz = spec.input.rate_hz
         self._min_confidence = spec.decoding.min_confidence
@@ -217,6 +219,39 @@ class SpeechWing:
             self._end(slot, stream, stream.endpointer.at(last, last, reason), last, last)
         self.reset(slot)
 
+    def take(self, slot: int) -> dict[str, Any]:
+        """Return all that a stream carries, but what a second pass made of pauses so far.
+
+        That is made again where it is wanted, of the same samples.
+        """
+        stream = self._streams[slot]
+        return {
+            "spans": stream.endpointer.spans,
+            "utterance": stream.utterance,
+            "position": stream.position,
+            "end": stream.end,
+            "audio": list(stream.audio),
+            "shown": stream.shown,
+            "earliest": stream.earliest,
+            "first": stream.first,
+            "scores": stream.scores,
+            "frame": self._frame,
+            "decoder": self._decoder.take(slot),
+        }
+
+    def put(self, slot: int, carried: dict[str, Any]) -> None:
+        """Go on from what was taken, also after a way through MessagePack."""
+        stream = self._streams[slot]
+        stream.endpointer.spans = carried["spans"]
+        stream.utterance, stream.position = carried["utterance"], carried["position"]
+        stream.end, stream.audio = carried["end"], deque(carried["audio"])
+        utterance, text = carried["shown"]
+        stream.shown = utterance, text
+        stream.earliest, stream.first = carried["earliest"], carried["first"]
+        stream.scores = carried["scores"]
+        self._frame = self._frame or carried["frame"]
+        self._decoder.put(slot, carried["decoder"])
+
     def pending(self, slot: int) -> bool:
         """Return whether a final is still to come."""
         return slot in self._waiting
@@ -243,16 +278,29 @@ class SpeechWing:
                 stream.remember(rows.samples[row, :, 0], oldest - self._margin)
             if not (row in voiced or stream.endpointer.speaking):
                 continue
-            awake.append(row)
             clock = starts[row] - self._look_ahead
-            if self._listen(slot, stream, _Heard(scores[row], voice[row], clock, ends[row])):
+            heard = _Heard(scores[row], voice[row], clock, ends[row])
+            listened = self._contained(slot, self._listen, slot, stream, heard)
+            if listened is None:
+                continue
+            awake.append(row)
+            if listened:
                 undivided.append(row)
         self._decoder.push(rows.slots[undivided], scores[undivided])
-        return [
-            (row, message)
-            for row in awake
-            for message in self._show(int(rows.slots[row]), int(rows.end[row]))
-        ]
+        told: list[tuple[int, Message]] = []
+        for row in awake:
+            slot = int(rows.slots[row])
+            shown = self._contained(slot, self._show, slot, int(rows.end[row]))
+            told += [(row, message) for message in shown or ()]
+        return told
+
+    def _contained(self, slot: int, work: Callable[..., _T], *arguments: Any) -> _T | None:
+        """Do some work on one stream; whatever goes wrong with it is that stream's alone."""
+        try:
+            return work(*arguments)
+        except Exception as error:  # noqa: BLE001 - see above
+            self.failed[slot] = fault(f"stream {self._streams[slot].timeline.name}", error)
+            return None
 
     def _listen(self, slot: int, stream: _Stream, heard: _Heard) -> bool:
         """Follow voice and text, hop by hop of the voice, and end what is over.
@@ -480,14 +528,16 @@ class SpeechWing:
         for slot in sorted(self._waiting):
             ended = self._streams[slot].ended
             while ended and (ended[0].attempt is None or ended[0].attempt.done()):
-                told.append((slot, self._final(ended.popleft())))
+                final = self._contained(slot, self._final, ended.popleft())
+                told += [] if final is None else [(slot, final)]
             if not ended:
                 self._waiting.discard(slot)
         for slot in sorted(self._trying):
             stream = self._streams[slot]
             if all(attempt.done() for attempt in stream.attempts.values()):
                 self._trying.discard(slot)
-                told += [(slot, partial) for partial in self._show(slot, stream.end)]
+                shown = self._contained(slot, self._show, slot, stream.end)
+                told += [(slot, partial) for partial in shown or ()]
         return told
 
     def _final(self, over: _Ended) -> Final:
