@@ -29,6 +29,7 @@ class Limits(_Section, frozen=True):
     max_messages: Count = 512  # in one body
     max_chunk_bytes: Count = 262_144
     max_queued_messages: Count = 1_000  # to a peer that does not read; then it is dropped
+    max_subscriptions: Count = 128  # of one subscriber
     credit_s: Positive = 2.0  # seconds of signal that a stream may have in flight
     idle_timeout_s: Positive = 60.0  # a peer that says nothing for so long is dropped
     resume_s: Positive = 60.0  # so long a stream waits for a client that lost its connection
@@ -44,6 +45,14 @@ class Subjects(_Section, frozen=True):
 
     require_pseudonyms: bool = False  # refuse a subject in the clear, and a stream without one
     pattern: str = "[a-z0-9]{8,64}"  # regular expression that a whole pseudonym matches
+
+
+class Security(_Section, frozen=True):
+    """Keys of the server and its clients; docs/security.md."""
+
+    key: str = ""  # file of the server's secret key; empty: no encryption
+    keys: str = ""  # TOML file of the clients' public keys and their rights
+    allow_plain: bool = False  # bind beyond the loopback interface without keys
 
 
 class AlertOptions(_Section, frozen=True):
@@ -66,7 +75,7 @@ class Checkpoints(_Section, frozen=True):
     """Streams written down, so that they go on after a crash."""
 
     path: str = ""  # SQLite file; empty: nothing is written
-    every_s: Positive = 2.0  # seconds between two checkpoints of a stream
+    every_s: Positive = 4.0  # seconds between two checkpoints of a stream
     max_mb: Positive = 4_096.0  # MiB that the file may take
 
 
@@ -82,6 +91,8 @@ class Config(_Section, frozen=True):
     limits: Limits = Limits()
     alerts: AlertOptions = AlertOptions()
     subjects: Subjects = Subjects()
+    security: Security = Security()
+    sha256: dict[str, str] = {}  # of models, by name: what their files must have
     record: Record = Record()
     checkpoints: Checkpoints = Checkpoints()
 

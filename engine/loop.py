@@ -29,9 +29,10 @@ from engine.messages import Message, Numbered
 from engine.metrics import Metrics
 from engine.model_file import Model
 from engine.recorder import RECORDED, Recorder, Signal
+from engine.rights import ANYONE, Account
 from engine.runtime import CpuRuntime, Runtime
 from engine.scheduler import Batch, Scheduler, Terms
-from engine.session import Session
+from engine.session import Session, closed_of
 from engine.speech.wing import SpeechWing
 from engine.wing import AudioWing, ScoresWing, Wing
 
@@ -85,13 +86,13 @@ _UNWATCHED = frozenset({"speech", "audio", "scores"})
 # Ends of a stream that do not say that something is wrong with it.
 _CALM_ENDS = ("reopened", "draining")
 _ANY_CHECKPOINTS = Checkpoints()
-_COUNTS = ("chunks", "samples", "duplicates", "gaps", "lost_samples", "bridged_samples")
 
 
 class Peer:
     """A connection: who it is, and the streams that it opened."""
 
-    def __init__(self, now: float) -> None:
+    def __init__(self, now: float, account: Account) -> None:
+        self.account = account
         self.greeted = False
         self.seen = now
         self.streams: set[str] = set()
@@ -215,17 +216,57 @@ class Engine:
 
     # --- in --------------------------------------------------------------------------------
 
-    def receive(self, peer_id: bytes, body: bytes, now: float) -> None:
-        """Take one message body. Whatever is wrong with it is answered, and harms no one else."""
+    def receive(self, peer_id: bytes, body: bytes, now: float, account: Account = ANYONE) -> bool:
+        """Take one message body. Whatever is wrong with it is answered, and harms no one else.
+
+        Parameters
+        ----------
+        peer_id : bytes
+            Routing id of the connection.
+        body : bytes
+        now : float
+        account : Account
+            Of the key that the connection has shown.
+
+        Returns
+        -------
+        bool
+            False: the connection has no place here, and is better ended once it has been told.
+        """
         self._now = now
         peer = self.peers.get(peer_id)
+        if peer is not None and peer.account is not account:
+            self.drop(peer_id, "other_key")  # who had this routing id before is gone
+            peer = None
         if peer is None:
-            if len(self.peers) >= self.limits.max_peers:
-                self._turn_away(peer_id)
-                return
-            peer = self.peers[peer_id] = Peer(now)
+            try:
+                self._admit_peer(peer_id, account)
+            except Refused as refused:
+                self._turn_away(peer_id, refused)
+                return False
+            peer = self.peers[peer_id] = account.peers[peer_id] = Peer(now, account)
             self.metrics.peers = len(self.peers)
         peer.seen = now
+        if not account.spend(len(body), now):
+            self._complain(peer, account, now)
+            return True
+        self._read(peer_id, peer, body, now)
+        return True
+
+    def _admit_peer(self, peer_id: bytes, account: Account) -> None:
+        if len(self.peers) >= self.limits.max_peers:
+            raise Refused("too_many_peers", f"limits.max_peers is {self.limits.max_peers}")
+        account.admit(peer_id)
+
+    def _complain(self, peer: Peer, account: Account, now: float) -> None:
+        """Count a body that was one too many, and tell of it now and then."""
+        self.metrics.refused["over_rate"] += 1
+        complaint = account.complaint(now)
+        if complaint is not None:
+            self._tell(peer, messages.Error(complaint.code, complaint.reason))
+
+    def _read(self, peer_id: bytes, peer: Peer, body: bytes, now: float) -> None:
+        """Do what a body asks for, message by message."""
         try:
             requests = self._decode(body)
         except Refused as refused:
@@ -250,9 +291,9 @@ class Engine:
         else:
             self._refuse(peer, Refused("server_error", reason), request)
 
-    def _turn_away(self, peer_id: bytes) -> None:
-        self.metrics.refused["too_many_peers"] += 1
-        error = messages.Error("too_many_peers", f"limits.max_peers is {self.limits.max_peers}")
+    def _turn_away(self, peer_id: bytes, refused: Refused) -> None:
+        self.metrics.refused[refused.code] += 1
+        error = messages.Error(refused.code, refused.reason)
         self.turned_away.append((peer_id, messages.body([messages.encode(error)])))
 
     def _decode(self, body: bytes) -> list[messages.Request]:
@@ -283,7 +324,13 @@ class Engine:
             self._chunk(peer_id, request, now)
         elif isinstance(request, messages.Ping):
             self._tell(peer, messages.Pong(request.id))
-        elif isinstance(request, messages.Vital):
+        else:
+            peer.account.permit(request)
+            self._do(peer_id, peer, request, now)
+
+    def _do(self, peer_id: bytes, peer: Peer, request: messages.Request, now: float) -> None:
+        """Do what a peer has the right to ask for."""
+        if isinstance(request, messages.Vital):
             self._vital(peer, request, now)
         elif isinstance(request, messages.AlertRequest):
             self._ask_alerts(peer, request)
@@ -355,7 +402,7 @@ class Engine:
         lane = self._lanes[request.model]
         credit_s = lane.credit_s
         if request.life and self._store is not None:  # acks come with the checkpoints
-            credit_s += 3 * self._checkpoints.every_s
+            credit_s += self._checkpoints.every_s
         return Session(
             request,
             lane.spec.input,
@@ -637,7 +684,7 @@ class Engine:
                 self._end(stream, reason)
             else:
                 self._streams[name] = stream._replace(peer=_NOBODY)
-        del self.peers[peer_id]
+        del self.peers[peer_id], peer.account.peers[peer_id]
         self.metrics.dropped_peers += 1
         self.metrics.peers = len(self.peers)
 
@@ -886,8 +933,7 @@ class Engine:
                 fault = refused.code
         if fault:
             log.error("stream %s cannot go on: %s", name, fault)
-            counts = carried["row"]["session"]
-            closed = messages.Closed(name, fault, **{key: counts[key] for key in _COUNTS})
+            closed = closed_of(name, fault, carried["row"]["session"])
             self._over[name] = Over(life, closed, now)
             group.over.add(name)
             return

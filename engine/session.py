@@ -11,6 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import msgspec
@@ -44,6 +45,7 @@ _CARRIED = (
     "_held_samples",
     "_unbroken_from",
 )
+_counts = attrgetter(*_CARRIED)
 _REMEMBERED = 16  # stretches of chunks that were given up: who comes late is told from a duplicate
 _DTYPES: dict[str, np.dtype[Any]] = {"f4": np.dtype("<f4"), "i2": np.dtype("<i2")}
 
@@ -479,7 +481,8 @@ class Session:
 
     def take(self) -> dict[str, Any]:
         """Return all that is carried, as plain data and arrays, to be put back elsewhere."""
-        return {name: getattr(self, name) for name in _CARRIED} | {
+        return {
+            "counts": _counts(self),
             "inbox": [(type(item).__name__, *item) for item in self.inbox],
             "resampler": None if self._resampler is None else self._resampler.take(),
             "held": [(held.chunk, held.arrived) for held in self._held],
@@ -494,8 +497,8 @@ class Session:
 
     def put(self, carried: Mapping[str, Any]) -> None:
         """Go on from what :meth:`take` returned of a session that was opened likewise."""
-        for name in _CARRIED:
-            setattr(self, name, carried[name])
+        for name, value in zip(_CARRIED, carried["counts"], strict=True):
+            setattr(self, name, value)
         self.inbox.extend(_item(*item) for item in carried["inbox"])
         if self._resampler is not None:
             self._resampler.put(carried["resampler"])
@@ -529,6 +532,13 @@ class Session:
             self.reordered,
             self.late,
         )
+
+
+def closed_of(name: str, reason: str, carried: Mapping[str, Any]) -> Closed:
+    """Return the message that ends a stream of which only this is left: what it carried."""
+    counts = dict(zip(_CARRIED, carried["counts"], strict=True))
+    first = [counts[key] for key in ("chunks", "samples", "duplicates", "gaps", "lost_samples")]
+    return Closed(name, reason, *first, *(counts[key] for key in ("bridged_samples", "reordered")))
 
 
 class _Watch:
