@@ -155,7 +155,7 @@ class StreamingNet(nn.Module):
             As many, and of the same shapes, as `states`.
         """
         logits, new_states = self.logits(x, *states)
-        outputs = tuple(_activate(logits[name], head) for name, head in self.config.heads.items())
+        outputs = tuple(activate(logits[name], head) for name, head in self.config.heads.items())
         return outputs + new_states
 
     def logits(self, x: Tensor, *states: Tensor) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
@@ -179,7 +179,8 @@ class StreamingNet(nn.Module):
         return {name: head(y) for name, head in self.heads.items()}, tuple(new_states)
 
 
-def _activate(logits: Tensor, head: Head) -> Tensor:
+def activate(logits: Tensor, head: Head) -> Tensor:
+    """Return a head's output, from the (N, frames, size) that its linear layer gives."""
     if head.activation == "sigmoid":
         probability = torch.sigmoid(logits)
         return probability.squeeze(2) if head.size == 1 else probability

@@ -21,10 +21,13 @@ from torch import Tensor, nn
 
 from engine.model_file import METADATA_KEY, ModelSpec, State, encode_spec
 from exporters import parity
-from exporters.net import StreamingNet
+from exporters.net import CausalConv, StreamingNet, activate
 from exporters.parity import ExportError
 
 # Torch orders an LSTM's gates i f g o and a GRU's r z n; ONNX wants i o f c and z r h.
+# Values of a block that several frames see, from which on it is faster fetched for each of them
+# than all blocks are cut and joined.
+_LONG_BLOCK = 32
 _GATE_ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
 
 
@@ -165,6 +168,7 @@ class _OnnxRecurrent(nn.Module):
         if module.bidirectional or module.proj_size:
             raise ExportError(f"{module}: expected one direction and no projection")
         self.op = module.mode.split("_")[0]
+        self.letters = "hc" if self.op == "LSTM" else "h"
         self.hidden = module.hidden_size
         self.batch_first = module.batch_first
         self.attributes: dict[str, int | Sequence[str]] = {"hidden_size": self.hidden}
@@ -179,15 +183,18 @@ class _OnnxRecurrent(nn.Module):
     ) -> tuple[Tensor, Tensor | tuple[Tensor, ...]]:
         """As ``nn.LSTM``: (N, T, C) and states (layers, N, hidden) in, the same out."""
         states = before if isinstance(before, tuple) else (before,)
-        y = x.transpose(0, 1) if self.batch_first else x
-        after: list[list[Tensor]] = [[] for _ in states]
-        for index, layer in enumerate(cast(Iterable[_Layer], self.layers)):
-            y, *new = self._emit(layer, y, [state[index : index + 1] for state in states])
-            for letter, state in zip(after, new, strict=True):
-                letter.append(state)
-        ends = tuple(torch.cat(letter) for letter in after)
+        y, ends = self.over_time(x.transpose(0, 1) if self.batch_first else x, states)
         y = y.transpose(0, 1) if self.batch_first else y
         return y, ends if isinstance(before, tuple) else ends[0]
+
+    def over_time(self, x: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Take (T, N, C) and states (layers, N, hidden), return as much."""
+        after: list[list[Tensor]] = [[] for _ in states]
+        for index, layer in enumerate(cast(Iterable[_Layer], self.layers)):
+            x, *new = self._emit(layer, x, [state[index : index + 1] for state in states])
+            for letter, state in zip(after, new, strict=True):
+                letter.append(state)
+        return x, tuple(torch.cat(letter) for letter in after)
 
     def _emit(self, layer: "_Layer", x: Tensor, states: list[Tensor]) -> list[Tensor]:
         time, rows = x.shape[0], x.shape[1]
@@ -248,12 +255,71 @@ class _FramedConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """As ``nn.Conv1d``: (N, C, T) in, (N, outputs, frames) out."""
-        blocks = x.transpose(1, 2).reshape(x.shape[0], -1, self.stride * x.shape[1])
+        return self.over_time(x.transpose(1, 2)).transpose(1, 2)
+
+    def over_time(self, x: Tensor) -> Tensor:
+        """Take (N, T, C), return (N, frames, outputs)."""
+        blocks = x.reshape(x.shape[0], -1, self.stride * x.shape[2])
         per_frame = self.kernel // self.stride
         frames = blocks.shape[1] - per_frame + 1
-        seen = torch.cat([blocks[:, j : j + frames] for j in range(per_frame)], dim=2)
-        y: Tensor = seen @ self.weight + self.bias
-        return y.transpose(1, 2)
+        if blocks.shape[2] >= _LONG_BLOCK:
+            places = torch.arange(frames)[:, None] + torch.arange(per_frame)
+            seen = blocks.index_select(1, places.reshape(-1))
+        else:
+            seen = torch.cat([blocks[:, j : j + frames] for j in range(per_frame)], dim=2)
+        y: Tensor = seen.reshape(x.shape[0], frames, -1) @ self.weight + self.bias
+        return y
+
+
+class _OnnxStreaming(nn.Module):
+    """Stands for a :class:`StreamingNet` during export: as few passes over the frames as will do.
+
+    Channels stay last, as the matrix products want them; time is first from the first recurrent
+    operator to the heads, which are one product.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, net: StreamingNet) -> None:
+        super().__init__()
+        self.config = net.config
+        if net.config.normalised:
+            self.register_buffer("mean", net.mean)
+            self.register_buffer("scale", net.scale)
+        causal = cast(Iterable[CausalConv], net.convs)
+        self.convs = nn.ModuleList(_FramedConv(one.conv) for one in causal)
+        self.kept = [one.kept for one in causal]
+        layers = cast(Iterable[nn.RNNBase], net.recurrent)
+        self.recurrent = nn.ModuleList(_OnnxRecurrent(layer) for layer in layers)
+        self.norms, self.linears = net.norms, net.linears
+        heads = cast(Iterable[nn.Linear], net.heads.values())
+        self.register_buffer("weight", torch.cat([head.weight.detach() for head in heads]).T)
+        self.register_buffer("bias", torch.cat([head.bias.detach() for head in heads]))
+
+    def forward(self, x: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        """As :meth:`StreamingNet.forward`."""
+        carried = list(states)
+        new_states: list[Tensor] = []
+        y = (x - self.mean) * self.scale if self.config.normalised else x
+        for conv, kept in zip(cast(Iterable[_FramedConv], self.convs), self.kept, strict=True):
+            if kept:
+                y = torch.cat([carried.pop(0).transpose(1, 2), y], dim=1)
+                new_states.append(y[:, -kept:].transpose(1, 2))
+            y = torch.relu(conv.over_time(y))
+        y = y.transpose(0, 1)
+        layers = cast(Iterable[_OnnxRecurrent], self.recurrent)
+        for norm, layer in zip(self.norms, layers, strict=True):
+            before = [carried.pop(0).unsqueeze(0) for _ in layer.letters]
+            y, after = layer.over_time(norm(y), before)
+            new_states += [state.squeeze(0) for state in after]
+        y = (self.linears(y) @ self.weight + self.bias).transpose(0, 1)
+        heads = self.config.heads.values()
+        parts = y.split([head.size for head in heads], dim=2)
+        outputs = (activate(part, head) for part, head in zip(parts, heads, strict=True))
+        return (*outputs, *new_states)
 
 
 def _can_be_framed(conv: nn.Conv1d) -> bool:
@@ -263,6 +329,10 @@ def _can_be_framed(conv: nn.Conv1d) -> bool:
 
 def _with_onnx_ops(net: nn.Module) -> nn.Module:
     """Return a copy whose modules are those that export well, and that run well when batched."""
+    if type(net) is StreamingNet:
+        causal = cast(Iterable[CausalConv], net.convs)
+        if all(_can_be_framed(one.conv) for one in causal):
+            return _OnnxStreaming(net)
     if isinstance(net, nn.RNNBase):
         return _OnnxRecurrent(net)
     if isinstance(net, nn.Conv1d) and _can_be_framed(net):

@@ -62,6 +62,7 @@ def statement(states: tuple[State, ...], channels: int = 1, **changes: object) -
         ("rnn", 1, {"convs": (Conv(6, 3, 2), Conv(6, 4, 2))}),
         ("gru", 3, {"convs": (), "channels": 2, "linears": (7,)}),
         ("gru", 2, {"normalised": True, "layer_norms": True}),
+        ("lstm", 1, {"convs": (Conv(16, 6, 2), Conv(8, 6, 2))}),  # blocks that are fetched by place
         ("lstm", 2, {"convs": (Conv(6, 4, 4),)}),  # a kernel as long as its stride: no state
     ],
 )
