@@ -55,6 +55,8 @@ class Metrics(Collector):
         self.dropped_peers = 0  # that did not read, or died
         self.audit_lost = 0
         self.lost_checkpoints = 0  # that could not be read
+        self.connections = 0  # of clients and subscribers, and on their way in
+        self.shut_out: Counter[str] = Counter()  # connections, by reason
         self.refused: Counter[str] = Counter()  # by code
         self.failed: Counter[str] = Counter()  # streams, by code
         self.results: Counter[str] = Counter()  # by type
@@ -78,6 +80,8 @@ class Metrics(Collector):
             ("audit_lost", "transitions of alerts that were not written", self.audit_lost),
         ):
             yield CounterMetricFamily(f"murmur_{name}", text, value=value)
+        yield GaugeMetricFamily("murmur_connections", "TCP connections", value=self.connections)
+        yield _labelled("murmur_shut_out", "connections ended", "reason", self.shut_out.items())
         yield _labelled("murmur_refused", "messages not accepted", "code", self.refused.items())
         yield _labelled(
             "murmur_failed", "streams that ended by a fault", "code", self.failed.items()

@@ -8,6 +8,7 @@ import contextlib
 import gc
 import logging
 import math
+import re
 import signal
 import socket
 import time
@@ -16,14 +17,18 @@ from typing import NamedTuple
 
 import zmq
 
-from engine import metrics, model_file, rules
+from engine import keys, metrics, model_file, rules
 from engine.alerts import Alerts
 from engine.audit import Audit
 from engine.checkpoint import Store
 from engine.config import Config
+from engine.door import Connection, Door
+from engine.errors import ConfigError
 from engine.gate import GatedRuntime
+from engine.keys import Pair
 from engine.loop import Engine
 from engine.model_file import Model
+from engine.publisher import Publisher
 from engine.recorder import Recorder
 from engine.runtime import CpuRuntime, Runtime
 
@@ -37,8 +42,7 @@ _GRACE_S = 0.1
 # libzmq hangs up on a peer that announces more than this, before it takes memory for it. Up to
 # here the engine answers with its own, lower limit.
 _HARD_MAX_BYTES = 16 * 2**20
-# What subscribers send is remembered byte by byte; the longest topic has 70.
-_MAX_TOPIC_BYTES = 256
+_LOOPBACK = re.compile(r"(ipc|inproc)://|tcp://(127\.[0-9.]+|localhost|\[::1\]):")
 
 
 class Endpoints(NamedTuple):
@@ -65,6 +69,7 @@ class Server:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        own, keys_file = _keys(config) or (None, None)
         served = [
             (model, runtime(model, config))
             for model in (model_file.load(name, config.provider) for name in config.models)
@@ -96,23 +101,28 @@ class Server:
         self.model_names = [model.spec.name for model, _ in served]
         self._stopping = False
         self._context = zmq.Context()
+        self._door = Door(self._context, own, keys_file, config.limits, self.metrics)
+        self._leaving: set[Connection] = set()  # have been told why
+        self._unwelcome: set[Connection] = set()  # are being told
         self._clients = self._context.socket(zmq.ROUTER)
-        self._subscribers = self._context.socket(zmq.PUB)
+        self._publisher = Publisher(self._context, self._door, config.limits)
         limits = config.limits
-        for one in (self._clients, self._subscribers):
+        for one in (self._clients, self._publisher.socket):
             one.setsockopt(zmq.LINGER, 1000)
             one.setsockopt(zmq.SNDHWM, limits.max_queued_messages)
             # TCP says nothing of a host that vanished; ZeroMQ's own heartbeat does.
             one.setsockopt(zmq.HEARTBEAT_IVL, 5_000)
             one.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15_000)
         self._clients.setsockopt(zmq.MAXMSGSIZE, _HARD_MAX_BYTES)
-        self._subscribers.setsockopt(zmq.MAXMSGSIZE, _MAX_TOPIC_BYTES)
         # A peer that is gone or does not read is an error to see, not a message to lose.
         self._clients.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._clients.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._door.guard(self._clients, "clients")
+        self._door.guard(self._publisher.socket, "subscribers")
+        self._door.open()
         self.endpoints = Endpoints(
             _bind(self._clients, config.bind),
-            _bind(self._subscribers, config.publish),
+            _bind(self._publisher.socket, config.publish),
             metrics.serve(self.metrics, config.metrics) if config.metrics else "",
         )
 
@@ -126,7 +136,8 @@ class Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.stop())
         arrivals, signals = zmq.Poller(), zmq.Poller()
-        arrivals.register(self._clients, zmq.POLLIN)
+        for one in (self._clients, self._publisher.socket):
+            arrivals.register(one, zmq.POLLIN)
         for poller in (arrivals, signals):
             poller.register(self._woken, zmq.POLLIN)
         try:
@@ -154,6 +165,7 @@ class Server:
             pause = self.engine.turn(now)
             if now >= next_tick:
                 self.engine.tick(now)
+                self._sweep(now)
                 next_tick = now + _TICK_S
             if self._stopping:
                 stopped = min(stopped, now)
@@ -185,18 +197,29 @@ class Server:
                 peer = self._clients.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return True
-            body = self._clients.recv()
-            while _option(self._clients, zmq.RCVMORE):
-                self._clients.recv()
+            frame = self._clients.recv(copy=False)
+            body = frame.bytes
+            while frame.more:
+                frame = self._clients.recv(copy=False)
                 body = b""  # the engine refuses it
-            self.engine.receive(peer, body, arrival)
+            account, connection = self._door.visitor(frame, arrival, "clients")
+            if account is None:  # its key is not valid any more
+                self._door.cut(connection)
+            elif not self.engine.receive(peer, body, arrival, account):
+                self._unwelcome.add(connection)
         return False
 
+    def _sweep(self, now: float) -> None:
+        """End connections that nobody uses, and those that have no place here."""
+        for connection in self._leaving:
+            self._door.cut(connection)
+        self._leaving, self._unwelcome = self._unwelcome, set()
+        for account in self._door.sweep(now):
+            for peer_id in list(account.peers):
+                self.engine.drop(peer_id, "other_key")
+
     def _send(self) -> None:
-        for topic, body in self.engine.published:
-            # Each by itself: `send_multipart` looks at every part first, in three times the time.
-            self._subscribers.send(topic, zmq.SNDMORE)
-            self._subscribers.send(body)
+        self._publisher.send(self.engine.published, time.monotonic())
         self.engine.published.clear()
         for peer_id, body in self.engine.turned_away:
             with contextlib.suppress(zmq.ZMQError):  # nobody's loss if it is gone or does not read
@@ -218,8 +241,9 @@ class Server:
             self.engine.drop(peer_id, reason)
 
     def _close(self) -> None:
+        self._door.close()
         self._clients.close()
-        self._subscribers.close()
+        self._publisher.socket.close()
         self._waker.close()
         self._woken.close()
         if self._store is not None:
@@ -247,12 +271,26 @@ def runtime(model: Model, config: Config) -> Runtime:
     return CpuRuntime(model, num_slots, config.num_threads)
 
 
-def _option(one: zmq.Socket[bytes], option: int) -> int:
-    """Return a socket's option as pyzmq's own `get` does, but make no enum of it.
+def _keys(config: Config) -> tuple[Pair, Path] | None:
+    """Return the server's key and the file of its clients' keys, if there are any.
 
-    The enum takes as long as a `recv`; so does `recv_multipart`, which asks after each frame.
+    Raises
+    ------
+    ConfigError
+        If there are none, and an address can be reached from elsewhere.
     """
-    return int(zmq.backend.Socket.get(one, option))
+    chosen = config.security
+    if bool(chosen.key) != bool(chosen.keys):
+        raise ConfigError("security: expected both key and keys, or neither")
+    if chosen.key:
+        return keys.pair(Path(chosen.key)), Path(chosen.keys)
+    for name, address in (("bind", config.bind), ("publish", config.publish)):
+        if not chosen.allow_plain and _LOOPBACK.match(address) is None:
+            raise ConfigError(
+                f"{name} = {address!r}: expected security.key and security.keys, as it can be "
+                "reached from other machines (murmur keys make), or security.allow_plain = true"
+            )
+    return None
 
 
 def _bind(one: zmq.Socket[bytes], address: str) -> str:
