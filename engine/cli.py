@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import msgspec
 import typer
 import zmq
 
-from engine import config, messages, model_file
+from engine import config, keys, messages, model_file, rights
 from engine.client import DEFAULT_ADDRESS, Client
 from engine.errors import MurmurError
 from engine.messages import NOTICE, Message
@@ -34,6 +35,10 @@ alerts_app = typer.Typer(
     help="Alerts: what is active, and what is done about it.", no_args_is_help=True
 )
 app.add_typer(alerts_app, name="alerts")
+keys_app = typer.Typer(
+    help="Keys of a server and its clients, and what each may do.", no_args_is_help=True
+)
+app.add_typer(keys_app, name="keys")
 evaluate_app = typer.Typer(help="How good the results are.", no_args_is_help=True)
 app.add_typer(evaluate_app, name="evaluate")
 
@@ -41,6 +46,22 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the
 
 
 PUBLISH_ADDRESS = config.Config().publish
+
+
+@app.callback()
+def _keys_of_all_commands(
+    key: Annotated[
+        str | None,
+        typer.Option(envvar=keys.KEY, help="File of your secret key, for a server with keys."),
+    ] = None,
+    server_key: Annotated[
+        str | None,
+        typer.Option(envvar=keys.SERVER_KEY, help="The server's public key, or its file."),
+    ] = None,
+) -> None:
+    for name, given in ((keys.KEY, key), (keys.SERVER_KEY, server_key)):
+        if given:
+            os.environ[name] = given
 
 
 def _fail(error: Exception) -> NoReturn:
@@ -65,6 +86,9 @@ def serve(
     record: Annotated[
         str | None, typer.Option(help="Folder for WFDB records of all heart streams.")
     ] = None,
+    allow_plain: Annotated[
+        bool, typer.Option("--allow-plain", help="Bind beyond the loopback interface without keys.")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the addresses as JSON on the first line.")
     ] = False,
@@ -81,6 +105,9 @@ def serve(
         if record is not None:
             kept = msgspec.structs.replace(chosen.record, folder=record)
             chosen = msgspec.structs.replace(chosen, record=kept)
+        if allow_plain:
+            plain = msgspec.structs.replace(chosen.security, allow_plain=True)
+            chosen = msgspec.structs.replace(chosen, security=plain)
         server = Server(chosen)
     except (MurmurError, zmq.ZMQError, OSError) as error:
         _fail(error)
@@ -166,7 +193,7 @@ def replay(
         if seconds is not None:
             played = played._replace(samples=played.samples[: round(seconds * played.rate_hz)])
         model = model or ("english" if played.unit == UNIT else "heart")
-        with Client(address, timeout) as client:
+        with Client(address, timeout, keys.ours(address)) as client:
             made_by = messages.Device(model=device) if device else None
             one = client.open(**request(played, model, stream, subject=subject, device=made_by))
             summary = play(client, one, played, _teller(as_json), speed, chunk_ms / 1000)
@@ -209,7 +236,8 @@ def watch(
 
     try:
         tell = _teller(as_json) if fhir is None else _fhir_teller(fhir, subject, every)
-        with watching.Subscription(address, stream, timeout) as subscription:
+        ours = keys.ours(address)
+        with watching.Subscription(address, stream, timeout, ours) as subscription:
             typer.echo(f"watching {address}", err=True)
             watching.watch(subscription, tell, seconds, count)
     except KeyboardInterrupt:
@@ -247,7 +275,7 @@ def _ask_alerts(
 
     try:
         msgspec.convert(msgspec.to_builtins(request), type(request))
-        with Client(address, timeout) as client:
+        with Client(address, timeout, keys.ours(address)) as client:
             subjects = client.ask(request).subjects
     except (MurmurError, msgspec.ValidationError, zmq.ZMQError) as error:
         _fail(error)
@@ -362,6 +390,94 @@ def alerts_rules(
         return
     for rule in found.by_name.values():
         typer.echo(rules.line(rule))
+
+
+KeysFile = Annotated[Path, typer.Option("--file", help="TOML file of keys.")]
+KEYS_FILE = Path("keys/keys.toml")
+
+
+@keys_app.command("make")
+def make_key(
+    name: Annotated[str, typer.Argument(help="Of the new key: who or what will have it.")],
+    file: KeysFile = KEYS_FILE,
+    folder: Annotated[
+        Path | None, typer.Option(help="For the key's two files; default: that of --file.")
+    ] = None,
+    server: Annotated[
+        bool, typer.Option("--server", help="For a server: it is in no file of keys.")
+    ] = False,
+    publish: Annotated[
+        list[str] | None, typer.Option(help="Streams that it may open, such as 'ward3.*'.")
+    ] = None,
+    subscribe: Annotated[
+        list[str] | None, typer.Option(help="KIND/BEGIN*, such as 'alert/*' or '*/ward3.*', or *.")
+    ] = None,
+    subjects: Annotated[
+        list[str] | None, typer.Option("--subject", help="Whose streams; default: of all.")
+    ] = None,
+    acknowledge: Annotated[
+        bool, typer.Option("--acknowledge", help="May acknowledge, pause and resume alerts.")
+    ] = False,
+    list_alerts: Annotated[bool, typer.Option("--list-alerts", help="May list alerts.")] = False,
+    vitals: Annotated[bool, typer.Option("--vitals", help="May send vitals.")] = False,
+    adopt: Annotated[
+        bool, typer.Option("--adopt", help="For a server that hands streams to another.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a key: NAME.key_secret for its owner, and a table of its rights for the server."""
+    key = rights.Key(
+        public="0" * 40,  # until it is made
+        publish=tuple(publish or ()),
+        subscribe=tuple(subscribe or ()),
+        subjects=tuple(subjects or ("*",)),
+        acknowledge=acknowledge,
+        list_alerts=list_alerts,
+        vitals=vitals,
+        adopt=adopt,
+    )
+    try:
+        keys.table(name, key)  # before there is a key that has no rights
+        public_file, secret_file = keys.make(name, folder or file.parent)
+        public = keys.public(str(public_file)).decode()
+        if not server:
+            keys.add(file, name, msgspec.structs.replace(key, public=public))
+    except MurmurError as error:
+        _fail(error)
+    if as_json:
+        made = {"public": public, "public_file": public_file, "secret_file": secret_file}
+        typer.echo(msgspec.json.encode(made, enc_hook=str).decode())
+    else:
+        typer.echo(f"{secret_file}: for {name} alone\n{public_file}: {public}")
+
+
+@keys_app.command("list")
+def list_keys(file: KeysFile = KEYS_FILE, as_json: Json = False) -> None:
+    """Print the keys of a file: their public halves and what they may do."""
+    try:
+        found = rights.read(file)
+    except MurmurError as error:
+        _fail(error)
+    if as_json:
+        rows = [{"name": name, **msgspec.to_builtins(key)} for name, key in found.items()]
+        valid = sum(not key.revoked for key in found.values())
+        typer.echo(msgspec.json.encode({"figure": valid, "keys": rows}).decode())
+        return
+    for name, key in found.items():
+        typer.echo(f"{name:16} {key.public}  {rights.line(key)}")
+
+
+@keys_app.command("revoke")
+def revoke_key(
+    name: Annotated[str, typer.Argument(help="Of the key.")],
+    file: KeysFile = KEYS_FILE,
+) -> None:
+    """Let a key be valid no more; a server that runs ends its connections within a second."""
+    try:
+        keys.revoke(file, name)
+    except MurmurError as error:
+        _fail(error)
+    typer.echo(f"{name} is revoked in {file}")
 
 
 SpeechModel = Annotated[

@@ -29,6 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from engine import messages
 from engine.errors import Disconnected, Refused
+from engine.keys import Handshake, Identity
 from engine.messages import Message
 
 DEFAULT_ADDRESS = "tcp://127.0.0.1:7700"
@@ -276,10 +277,17 @@ class Client:
     address : str
     timeout_s : float
         How long to wait for a server that does not answer, before :exc:`Disconnected`.
+    identity : Identity, optional
+        The client's key and the server's; None: the server asks for none.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, timeout_s: float = 10.0) -> None:
-        self.address, self.timeout_s = address, timeout_s
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        timeout_s: float = 10.0,
+        identity: Identity | None = None,
+    ) -> None:
+        self.address, self.timeout_s, self._keys = address, timeout_s, identity
         self.welcome: messages.Welcome | None = None
         self.last_error = ""
         self._streams: dict[str, Stream] = {}
@@ -294,11 +302,14 @@ class Client:
         self._pinged = self._heard = time.monotonic()
         self._recover_at: float | None = None
         self._recovered = self._heard
-        self.tell(messages.Hello(messages.VERSION, "murmur-python"))
         try:
-            self.wait(lambda: self.welcome is not None or "" in self._refusals)
+            with Handshake(self._socket) as handshake:
+                self.tell(messages.Hello(messages.VERSION, "murmur-python"))
+                self.wait(
+                    lambda: self.welcome is not None or "" in self._refusals or handshake.refused()
+                )
             if self.welcome is None:
-                raise self._refusals[""]
+                raise self._refusals.get("") or Disconnected(f"{address}: {handshake.reason}")
         except (Disconnected, Refused):
             self._socket.close(linger=0)
             self._context.term()
@@ -460,6 +471,8 @@ class Client:
         one.setsockopt(zmq.LINGER, 0)
         one.setsockopt(zmq.SNDTIMEO, round(self.timeout_s * 1000))
         one.setsockopt(zmq.IDENTITY, self._identity)
+        if self._keys is not None:
+            self._keys.show(one)
         one.connect(self.address)
         return one
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from engine import annotated, ec57, messages, model_file
+from engine import annotated, ec57, keys, messages, model_file
 from engine.annotated import Record
 from engine.child import running
 from engine.client import Client
@@ -230,7 +230,7 @@ def evaluate(
     limits = {"credit_s": max(2.0, 4 * plan.chunk_s)}  # a chunk is at most a quarter of it
     with (
         running(plan.model, address, **limits) as (found_at, server),
-        Client(found_at, timeout_s) as client,
+        Client(found_at, timeout_s, keys.ours(address)) as client,
         bar,
     ):
         before, began = server and server.counts(), time.monotonic()

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from engine import annotated, model_file
+from engine import annotated, keys, model_file
 from engine.child import running
 from engine.client import Client
 from engine.errors import MurmurError
@@ -169,7 +169,7 @@ def evaluate(
     bar = Bar(console, length_s, "evaluating")
     with (
         running(plan.model, address) as (found_at, _),
-        Client(found_at, timeout_s) as client,
+        Client(found_at, timeout_s, keys.ours(address)) as client,
         bar,
     ):
         began = time.monotonic()

@@ -9,18 +9,29 @@ import os
 import re
 import stat
 import tempfile
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 import zmq
 from zmq import auth
+from zmq.utils.monitor import recv_monitor_message
 
 from engine import rights
 from engine.errors import ConfigError
 
 # What a client command reads: the file of its own secret key; the server's public key, or its file.
 KEY, SERVER_KEY = "MURMUR_KEY", "MURMUR_SERVER_KEY"
+_EVENTS = (
+    zmq.Event.HANDSHAKE_SUCCEEDED
+    | zmq.Event.HANDSHAKE_FAILED_AUTH
+    | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
+    | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
+)
+# A network may cut a handshake short, but not so often in a row.
+_HANG_UPS = 4
 _Z85 = re.compile(r"[0-9A-Za-z.:+=^!/*?&<>()\[\]{}@%$#-]{40}\Z")
 
 
@@ -46,6 +57,54 @@ class Identity(NamedTuple):
         """Let a socket that will be connected show its key to that server, and to no other."""
         one.curve_publickey, one.curve_secretkey = self.own
         one.curve_serverkey = self.server
+
+
+class Handshake:
+    """What becomes of the first handshakes of a socket that connects.
+
+    ZeroMQ tries again for ever and tells nobody; here a client learns why it is not let in.
+    """
+
+    def __init__(self, one: zmq.Socket[bytes]) -> None:
+        self._socket = one
+        self._monitor = one.get_monitor_socket(_EVENTS)
+        self._hung_up = 0
+        self.done = False
+        self.reason = ""
+
+    def __enter__(self) -> "Handshake":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.disable_monitor()
+        self._monitor.close()
+
+    def refused(self) -> bool:
+        """Return whether the server has said no; :attr:`reason` says why."""
+        while not self.done and not self.reason and self._monitor.poll(0):
+            self._take(recv_monitor_message(self._monitor))
+        return bool(self.reason)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until the server has let the socket in; return False if it does not."""
+        end = time.monotonic() + timeout_s
+        while not self.refused() and not self.done:
+            if not self._monitor.poll(max(0, round(1000 * (end - time.monotonic())))):
+                return False
+        return self.done
+
+    def _take(self, event: Mapping[str, Any]) -> None:
+        kind, value = event["event"], event["value"]
+        if kind == zmq.Event.HANDSHAKE_SUCCEEDED:
+            self.done = True
+        elif kind == zmq.Event.HANDSHAKE_FAILED_AUTH:
+            self.reason = "the server does not let this key in"
+        elif value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+            self.reason = "one side has a key and the other none; see --key and --server-key"
+        elif self._socket.mechanism == zmq.CURVE:
+            self._hung_up += 1
+            if self._hung_up >= _HANG_UPS:
+                self.reason = "the server hangs up; is --server-key its key?"
 
 
 def make(name: str, folder: Path) -> tuple[Path, Path]:
@@ -114,8 +173,13 @@ def public(given: str) -> bytes:
     return found
 
 
-def ours() -> Identity | None:
-    """Return what the environment says of keys; None if it says nothing.
+def ours(address: str | None) -> Identity | None:
+    """Return the keys that the environment names for a server; None if it names none.
+
+    Parameters
+    ----------
+    address : str or None
+        None: a server that a command starts for itself, which asks for no key.
 
     Raises
     ------
@@ -123,7 +187,7 @@ def ours() -> Identity | None:
         If only one of the two variables is set, or a file cannot be read.
     """
     own, server = os.environ.get(KEY), os.environ.get(SERVER_KEY)
-    if not own and not server:
+    if address is None or (not own and not server):
         return None
     if not own or not server:
         raise ConfigError(
@@ -143,7 +207,7 @@ def add(file: Path, name: str, key: rights.Key) -> None:
     """
     if file.exists() and name in rights.read(file):
         raise ConfigError(f"{file}: expected no key {name!r}, found one")
-    _write(file, (file.read_text() if file.exists() else "") + _table(name, key))
+    _write(file, (file.read_text() if file.exists() else "") + table(name, key))
 
 
 def revoke(file: Path, name: str) -> None:
@@ -169,8 +233,14 @@ def _fits(key: bytes) -> bool:
     return _Z85.match(key.decode("ascii", "replace")) is not None
 
 
-def _table(name: str, key: rights.Key) -> str:
-    """Return a key as a table of TOML, without what is as it is by default."""
+def table(name: str, key: rights.Key) -> str:
+    """Return a key as a table of TOML, without what is as it is by default.
+
+    Raises
+    ------
+    ConfigError
+        If it is none that a server would take.
+    """
     stated: dict[str, Any] = msgspec.to_builtins(key)
     usual = {field.name: field.default for field in msgspec.structs.fields(key)}
     lines = [
@@ -178,7 +248,9 @@ def _table(name: str, key: rights.Key) -> str:
         for field, value in stated.items()
         if getattr(key, field) != usual[field]
     ]
-    return "\n".join([f'\n["{name}"]', *lines]) + "\n"
+    text = "\n".join([f'\n["{name}"]', *lines]) + "\n"
+    rights.parse(text.encode())
+    return text
 
 
 def _write(file: Path, text: str) -> None:

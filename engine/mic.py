@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from engine import keys
 from engine.child import running, served
 from engine.client import Client, Stream
 from engine.dictation import UNIT
@@ -417,7 +418,10 @@ def run(
         If there is no microphone, or no server.
     """
     microphone = Microphone(device)  # first: a server takes seconds to start
-    with running(model, address) as (found, _), Client(found, timeout_s) as client:
+    with (
+        running(model, address) as (found, _),
+        Client(found, timeout_s, keys.ours(address)) as client,
+    ):
         name = stream or f"mic-{uuid.uuid4().hex[:6]}"
         opened = client.open(name, served(client, model), microphone.rate_hz, UNIT, speech=speech)
         session = Session(microphone, client, opened, display)

@@ -17,6 +17,8 @@ from engine.errors import ConfigError, Refused
 
 KINDS = tuple(kind.__name__.lower() for kind in get_args(messages.Result))
 
+MOVED = b"moved/"  # a topic that everybody may have: where all streams of the server go on
+
 KeyName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,31}\Z")]
 PublicKey = Annotated[str, Meta(pattern=r"^[0-9A-Za-z.:+=^!/*?&<>()\[\]{}@%$#-]{40}\Z")]  # Z85
 Topics = Annotated[str, Meta(pattern=r"^(\*|(\*|[a-z]+)/[A-Za-z0-9_.:-]*\*)\Z")]
@@ -138,6 +140,8 @@ class Account:
                 key.check_subject(request.subject)
             case messages.Again():
                 self._check_watch(request.stream)
+            case messages.Adopt() | messages.Drain():
+                key.check("adopt")
             case messages.ListAlerts():
                 key.check("list_alerts")
                 key.check_subject(request.subject or "*")
@@ -212,21 +216,47 @@ def read(path: Path) -> dict[str, Key]:
         Naming the file, the key and what was expected there.
     """
     try:
-        keys = msgspec.toml.decode(path.read_bytes(), type=dict[KeyName, Key])
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        return parse(path.read_bytes())
+    except (OSError, ConfigError) as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def parse(text: bytes) -> dict[str, Key]:
+    """Read the text of a file of keys.
+
+    Raises
+    ------
+    ConfigError
+        Naming the key and what was expected there.
+    """
+    try:
+        keys = msgspec.toml.decode(text, type=dict[KeyName, Key])
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ConfigError(str(error)) from None
     named: dict[str, str] = {}
     for name, key in keys.items():
         if key.public in named:
-            raise ConfigError(
-                f"{path}: {name}: expected a key of its own, has {named[key.public]}'s"
-            )
+            raise ConfigError(f"{name}: expected a key of its own, found {named[key.public]}'s")
         named[key.public] = name
         for pattern in key.subscribe:
             kind = pattern.partition("/")[0]
             if kind not in ("*", *KINDS):
-                raise ConfigError(f"{path}: {name}: subscribe: expected one of {KINDS}, {kind!r}")
+                raise ConfigError(f"{name}: subscribe: expected one of {KINDS}, found {kind!r}")
     return keys
+
+
+def line(key: Key) -> str:
+    """Say in a line for a person what a key may do."""
+    if key.revoked:
+        return "revoked"
+    said = [
+        f"{what} {', '.join(some)}"
+        for what, some in (("publish", key.publish), ("subscribe", key.subscribe))
+        if some
+    ]
+    said += [f"of {', '.join(key.subjects)}"] if key.subjects != ("*",) else []
+    flags = ("acknowledge", "list_alerts", "vitals", "adopt")
+    return "; ".join([*said, *(flag for flag in flags if getattr(key, flag))]) or "nothing"
 
 
 def beginnings(key: Key) -> frozenset[bytes]:
@@ -243,7 +273,7 @@ def beginnings(key: Key) -> frozenset[bytes]:
         else:
             kinds = KINDS if kind == "*" else (kind,)
             found |= {f"{one}/{begin}".encode() for one in kinds}
-    return frozenset(found)
+    return frozenset({*found, MOVED})
 
 
 def granted(wanted: Iterable[bytes], allowed: frozenset[bytes]) -> set[bytes]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 from rich.console import Console
 
+from engine import keys
 from engine.child import running
 from engine.client import Client
 from engine.dictation import Plan, Take, Unheard, dictate, length_s
@@ -129,7 +130,11 @@ def run(
     paths = list(dict.fromkeys(paths))
     bar = Bar(console, length_s(paths), "listening")
     writer = _Writer(paths, printing, bar, echo)
-    with running(plan.model, address) as (found, _), Client(found, timeout_s) as client, bar:
+    with (
+        running(plan.model, address) as (found, _),
+        Client(found, timeout_s, keys.ours(address)) as client,
+        bar,
+    ):
         return transcribe(client, paths, plan, bar, writer.tell, writer.tell_final)
 
 

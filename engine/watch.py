@@ -9,6 +9,7 @@ import zmq
 
 from engine import messages
 from engine.errors import Disconnected
+from engine.keys import Handshake, Identity
 from engine.messages import Message
 
 _KINDS = [kind.__name__.lower() for kind in get_args(messages.Result)]
@@ -26,19 +27,29 @@ class Subscription:
         Take the results of this stream only.
     timeout_s : float
         How long to wait for the server.
+    identity : Identity, optional
+        The subscriber's key and the server's; None: the server asks for none.
 
     Raises
     ------
     Disconnected
-        If nobody publishes there.
+        If nobody publishes there, or not to this key.
     """
 
-    def __init__(self, address: str, stream: str | None = None, timeout_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        address: str,
+        stream: str | None = None,
+        timeout_s: float = 10.0,
+        identity: Identity | None = None,
+    ) -> None:
         self._stream = stream
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.SUB)
         self._socket.setsockopt(zmq.RCVHWM, _MAX_QUEUED)
         self._socket.setsockopt(zmq.LINGER, 0)
+        if identity is not None:
+            identity.show(self._socket)
         for kind in _KINDS:
             self._socket.subscribe(f"{kind}/{stream or ''}")
         try:
@@ -74,14 +85,11 @@ class Subscription:
 
     def _connect(self, address: str, timeout_s: float) -> None:
         """Connect and wait for the server: what it publishes before that would be missed."""
-        monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
-        try:
+        with Handshake(self._socket) as handshake:
             self._socket.connect(address)
-            if not monitor.poll(round(timeout_s * 1000)):
-                raise Disconnected(f"nobody publishes at {address}; waited {timeout_s:g} s")
-        finally:
-            self._socket.disable_monitor()
-            monitor.close()
+            if not handshake.wait(timeout_s):
+                why = handshake.reason or f"nobody publishes there; waited {timeout_s:g} s"
+                raise Disconnected(f"{address}: {why}")
 
 
 def watch(
