@@ -86,6 +86,9 @@ def serve(
     record: Annotated[
         str | None, typer.Option(help="Folder for WFDB records of all heart streams.")
     ] = None,
+    checkpoints: Annotated[
+        str | None, typer.Option(help="File to which streams are written, to go on after a crash.")
+    ] = None,
     allow_plain: Annotated[
         bool, typer.Option("--allow-plain", help="Bind beyond the loopback interface without keys.")
     ] = False,
@@ -105,6 +108,9 @@ def serve(
         if record is not None:
             kept = msgspec.structs.replace(chosen.record, folder=record)
             chosen = msgspec.structs.replace(chosen, record=kept)
+        if checkpoints is not None:
+            saved = msgspec.structs.replace(chosen.checkpoints, path=checkpoints)
+            chosen = msgspec.structs.replace(chosen, checkpoints=saved)
         if allow_plain:
             plain = msgspec.structs.replace(chosen.security, allow_plain=True)
             chosen = msgspec.structs.replace(chosen, security=plain)
@@ -120,6 +126,26 @@ def serve(
         typer.echo(NOTICE)
     sys.stdout.flush()
     server.run()
+
+
+@app.command()
+def drain(
+    to: Annotated[str, typer.Option(help="Where the other server takes clients.")],
+    publish: Annotated[str, typer.Option(help="And where it publishes.")],
+    to_key: Annotated[str, typer.Option(help="Its public key, or the file of it.")] = "",
+    address: Annotated[
+        str, typer.Option(help="Of the server that gives its streams away.")
+    ] = DEFAULT_ADDRESS,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for a silent server.")] = 60.0,
+) -> None:
+    """Give all streams of a server to another, without a lost chunk; the first then stops."""
+    try:
+        key = keys.public(to_key).decode() if to_key else ""
+        with Client(address, timeout, keys.ours(address)) as client:
+            client.drain(to, publish, key)
+    except (MurmurError, zmq.ZMQError) as error:
+        _fail(error)
+    typer.echo(f"all streams go on at {to}")
 
 
 def _teller(as_json: bool) -> Callable[[Message], None]:

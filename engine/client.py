@@ -293,7 +293,7 @@ class Client:
         self._streams: dict[str, Stream] = {}
         self._events: deque[tuple[float, Message]] = deque()
         self._refusals: dict[str, Refused] = {}
-        self._asked = 0
+        self._asked = self._adopted = 0
         self._answers: dict[int, messages.AlertList] = {}
         # One identity for all connections: the server knows who opens a stream once more.
         self._identity = uuid.uuid4().hex.encode()
@@ -394,6 +394,33 @@ class Client:
         if "" in self._refusals:
             raise self._refusals.pop("")
         return self._answers.pop(self._asked)
+
+    def drain(self, to: str, publish: str, key: str = "") -> None:
+        """Let the server give all its streams to another, and stop.
+
+        Raises
+        ------
+        Refused
+            If the other does not take them; then all is as it was.
+        """
+        self._refusals.pop("", None)
+        before = self.address
+        self.tell(messages.Drain(to, publish, key))
+        self.wait(lambda: self.address != before or "" in self._refusals)
+        if "" in self._refusals:
+            raise self._refusals.pop("")
+
+    def wait_for_answers(self, count: int) -> None:
+        """Wait until the server has taken all of so many checkpoints that it was told to adopt.
+
+        Raises
+        ------
+        Refused
+            If it does not take one.
+        """
+        self.wait(lambda: self._adopted >= count or "" in self._refusals)
+        if "" in self._refusals:
+            raise self._refusals.pop("")
 
     def events(self, timeout_s: float = 0.0) -> Iterator[Message]:
         """Yield results, gaps, errors and ends of streams that have come.
@@ -532,8 +559,12 @@ class Client:
                 stream.flushed(message)
             case messages.Closed(reason="reopened"):
                 pass
+            case messages.Adopted():
+                self._adopted += 1
             case messages.Moved():
                 self.address = message.to
+                if self._keys is not None and message.key:
+                    self._keys = self._keys._replace(server=message.key.encode())
                 self._recover_at = self._heard
             case messages.Numbered() if stream is not None and not stream.is_new(message):
                 pass

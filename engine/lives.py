@@ -104,6 +104,14 @@ class Owed(NamedTuple):
     message: Message
 
 
+class Taken(NamedTuple):
+    """The streams of one subject, as they are taken out of a server."""
+
+    name: str
+    streams: list[str]
+    state: bytes  # a checkpoint
+
+
 class Group:
     """The streams of one subject, which are written down together: their alerts are one.
 
@@ -195,6 +203,15 @@ class Keeper:
         if entries:
             self._written.append((self.store.put(entries), owed))
 
+    def pay_all(self) -> list[Owed]:
+        """Return all that is owed, on its way to the disk or not."""
+        told = [one for _, owed in self._written for one in owed]
+        self._written.clear()
+        for group in self.groups.values():
+            told += group.owed
+            group.owed = []
+        return told
+
     def let_out(self, now: float) -> list[Owed]:
         """Return what may be told now."""
         if self.store is None:
@@ -208,12 +225,7 @@ class Keeper:
         if self._failing_since is None:
             self._failing_since = now
         if self.failing(now):
-            for _, owed in self._written:
-                told += owed
-                owed.clear()
-            for group in self.groups.values():
-                told += group.owed
-                group.owed = []
+            told += self.pay_all()
         return told
 
     def failing(self, now: float) -> bool:

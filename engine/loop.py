@@ -24,12 +24,12 @@ from engine.errors import CheckpointError, ConfigError, Refused, fault
 from engine.heart import news2
 from engine.heart.wing import HeartWing, Naming
 from engine.lane import Lane, Told
-from engine.lives import Group, Keeper, Life, Over, Owed
+from engine.lives import Group, Keeper, Life, Over, Owed, Taken
 from engine.messages import Message, Numbered
 from engine.metrics import Metrics
 from engine.model_file import Model
 from engine.recorder import RECORDED, Recorder, Signal
-from engine.rights import ANYONE, Account
+from engine.rights import ANYONE, MOVED, Account
 from engine.runtime import CpuRuntime, Runtime
 from engine.scheduler import Batch, Scheduler, Terms
 from engine.session import Session, closed_of
@@ -79,6 +79,7 @@ _PUBLISHED = (
 
 # Of a durable stream they wait for the checkpoint that makes them true.
 _WAITING = (messages.Ack, messages.Flushed, messages.Closed)
+_MOST_ADOPTED_BYTES = 64 * 2**20  # of one subject's streams
 _NOBODY = b""  # the peer of a stream whose connection was lost
 _WATCHED = (messages.Measures, messages.Scores, messages.Gap)
 # Pipelines of which nobody is the subject, unless a rule looks at an output of the model.
@@ -97,6 +98,7 @@ class Peer:
         self.seen = now
         self.streams: set[str] = set()
         self.outbox: list[bytes] = []
+        self.parts: list[bytes] = []  # of a checkpoint that is still to come as a whole
 
 
 class Pause(NamedTuple):
@@ -150,6 +152,8 @@ class Engine:
 
     Attributes
     ----------
+    handover : (bytes, Drain) or None
+        Who asked that all streams be given away, and to whom: it is up to the caller.
     published : list of (topic, body)
         To be sent to subscribers, and then cleared, by the caller.
     turned_away : list of (peer, body)
@@ -199,6 +203,8 @@ class Engine:
         self._keeper = Keeper(store, checkpoints.every_s)
         self._over: dict[str, Over] = {}  # streams that ended a short time ago
         self._now = 0.0  # of the last message, turn or tick
+        self._saved = False  # all that is durable is on its way to the disk, at the end
+        self.handover: tuple[bytes, messages.Drain] | None = None
         self._lossy = False  # the disk takes nothing, and nothing waits for it
         self._streams: dict[str, Stream] = {}
         self._last_chunk: dict[str, float] = {}
@@ -338,6 +344,12 @@ class Engine:
             self._open(peer_id, peer, request, now)
         elif isinstance(request, messages.Again):
             self._again(peer, request)
+        elif isinstance(request, messages.Adopt):
+            self._adopt(peer_id, peer, request, now)
+        elif isinstance(request, messages.Drain):
+            if self.draining:
+                raise Refused("draining", "the server is about to stop")
+            self.draining, self.handover = True, (peer_id, request)
         elif isinstance(request, messages.Flush):
             self._flush(peer_id, request, now)
         elif isinstance(request, messages.Close):
@@ -552,7 +564,7 @@ class Engine:
         self._last_chunk[chunk.stream] = now
         gaps, lost = session.gaps, session.lost_samples
         bridged, late = session.bridged_samples, session.late
-        if self.draining and self._durable(stream):
+        if self.draining and (self.handover or self._durable(stream)):
             return  # it is not acknowledged, and will be sent to who goes on with the stream
         if not session.accept(chunk, now):
             self.metrics.late += session.late - late
@@ -694,8 +706,9 @@ class Engine:
         A stream that has nothing left to step or to tell, or any ``at_once``, is closed with the
         reason ``draining``. Durable ones are written down as they are, and not closed.
         """
-        if not self.draining:
-            self.draining = True
+        self.draining = True
+        if not self._saved:
+            self._saved = True
             for name in self._keeper.groups:
                 self._keeper.moved(name, self._now, at_once=True)
         left = False
@@ -768,7 +781,6 @@ class Engine:
     def _end(self, stream: Stream, reason: str) -> None:
         """Tell a stream's client that it is over, and free its row."""
         name = stream.session.name
-        lane = self._lanes[stream.lane]
         if reason == "closed":
             self._tell_alerts(self._alerts.closed(stream.subject, name))
         else:
@@ -788,6 +800,12 @@ class Engine:
             if name in self._over:
                 group.over.add(name)
         self._route(stream, closed)
+        self._leave(stream)
+        log.info("stream %s closed: %s", name, reason)
+
+    def _leave(self, stream: Stream) -> None:
+        """Count a stream no more among those that are open."""
+        name, lane = stream.session.name, self._lanes[stream.lane]
         self._scheduler.removed(stream.lane, stream.slot)
         lane.close(stream.slot)
         self._load -= self._share(lane)
@@ -799,7 +817,6 @@ class Engine:
             del self._budgets[stream.budget_s]
             self._tightest_s = min(self._budgets, default=math.inf)
         self.metrics.streams_open = len(self._streams)
-        log.info("stream %s closed: %s", name, reason)
 
     # --- lives -----------------------------------------------------------------------------
 
@@ -904,6 +921,93 @@ class Engine:
             self._store.start()
         if self._audit is not None:
             self._restore(self._audit)
+
+    # --- from one server to the next -------------------------------------------------------
+
+    @property
+    def movable(self) -> bool:
+        """Whether all streams with a life could be taken now: no result of theirs is to come."""
+        return not any(
+            self._lanes[one.lane].wing.pending(one.slot)
+            for one in self._streams.values()
+            if one.life is not None
+        )
+
+    def take_all(self) -> list[Taken]:
+        """Return all streams with a life."""
+        groups: dict[str, Group] = {}
+        for name, stream in self._streams.items():
+            if stream.life is not None:
+                groups.setdefault(stream.group, Group(stream.group)).streams.add(name)
+        for group in self._keeper.groups.values():
+            groups.setdefault(group.name, group).over = group.over
+        taken = []
+        for group in groups.values():
+            streams = [self._streams[name] for name in sorted(group.streams)]
+            state = checkpoint.encode(self._take(group, streams))
+            taken.append(Taken(group.name, sorted(group.streams), state))
+        return taken
+
+    def give_away(self, request: messages.Drain) -> None:
+        """Let go of all streams with a life, which go on elsewhere, and say where."""
+        for owed in self._keeper.pay_all():  # it is durable there
+            self._pay(owed)
+        for stream in list(self._streams.values()):
+            if stream.life is not None:
+                if self._recorder is not None and stream.session.tap is not None:
+                    self._recorder.close(stream.session.name)
+                self._leave(stream)
+        self._over.clear()
+        for group in self._keeper.groups.values():
+            group.streams.clear()
+            group.over.clear()
+        moved = messages.Moved(request.to, request.publish, request.key)
+        self.published.append((MOVED, messages.body([messages.encode(moved)])))
+        for peer in self.peers.values():
+            self._tell(peer, moved)
+        self.handover = None
+
+    def keep(self, reason: str) -> None:
+        """Go on with all streams: they could not be given away."""
+        assert self.handover is not None
+        error = messages.Error("not_moved", reason)
+        self._send(self.handover[0], messages.encode(error))
+        self.draining, self.handover = False, None
+
+    def _adopt(self, peer_id: bytes, peer: Peer, request: messages.Adopt, now: float) -> None:
+        """Go on with the streams of another server; they are this peer's until they are resumed."""
+        if self.draining:
+            raise Refused("draining", "the server is about to stop")
+        peer.parts.append(request.state)
+        if sum(map(len, peer.parts)) > _MOST_ADOPTED_BYTES:
+            peer.parts.clear()
+            raise Refused("oversize", f"adopt: expected at most {_MOST_ADOPTED_BYTES} bytes")
+        if request.more:
+            return
+        data = b"".join(peer.parts)
+        peer.parts.clear()
+        try:
+            state = checkpoint.decode(data)
+            for name, carried in state["streams"].items():
+                opened = msgspec.convert(carried["open"], messages.Open)
+                if name in self._streams:
+                    raise Refused("stream_taken", f"stream {name!r} is open here")
+                fault = self._cannot_go_on(opened, carried["sha256"])
+                if fault:
+                    raise Refused(fault, f"stream {name!r} cannot go on here")
+                self._admit(self._lanes[opened.model])
+            self._put(request.name, state, now)
+        except CheckpointError as error:
+            raise Refused("bad_state", str(error)) from None
+        for name in state["streams"]:
+            peer.streams.add(name)
+            self._streams[name] = self._streams[name]._replace(peer=peer_id)
+        adopted = Owed(peer_id, messages.Adopted(request.id))
+        if self._store is None or self._lossy:
+            self._pay(adopted)
+        else:
+            self._keeper.group(request.name).owed.append(adopted)
+            self._keeper.moved(request.name, now, at_once=True)
 
     def _put(self, name: str, state: Mapping[str, Any], now: float) -> None:
         """Go on with the streams of a group."""

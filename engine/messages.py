@@ -215,7 +215,8 @@ class Adopt(Message, frozen=True):
     """From a server that gives its streams away: go on with these."""
 
     name: Name  # of whose signals they are
-    state: bytes  # as engine/checkpoint.py writes it
+    state: bytes  # a part of what engine/checkpoint.py writes
+    more: bool = False  # parts follow
     id: Index = 0
 
 

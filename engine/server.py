@@ -17,13 +17,13 @@ from typing import NamedTuple
 
 import zmq
 
-from engine import keys, metrics, model_file, rules
+from engine import handover, keys, metrics, model_file, rules
 from engine.alerts import Alerts
 from engine.audit import Audit
 from engine.checkpoint import Store
 from engine.config import Config
 from engine.door import Connection, Door
-from engine.errors import ConfigError
+from engine.errors import ConfigError, MurmurError
 from engine.gate import GatedRuntime
 from engine.keys import Pair
 from engine.loop import Engine
@@ -167,6 +167,8 @@ class Server:
                 self.engine.tick(now)
                 self._sweep(now)
                 next_tick = now + _TICK_S
+            if self.engine.handover is not None:
+                self._hand_over()
             if self._stopping:
                 stopped = min(stopped, now)
                 self.engine.draining = True
@@ -183,6 +185,24 @@ class Server:
                 self._hush()
                 if not pause.deaf:
                     arrival = time.monotonic()
+
+    def _hand_over(self) -> None:
+        """Give all streams to another server, once they can be; nothing else is done meanwhile."""
+        if not self.engine.movable:
+            return
+        assert self.engine.handover is not None
+        request = self.engine.handover[1]
+        try:
+            own = keys.pair(Path(self.config.security.key)) if request.key else None
+            identity = keys.Identity(own, keys.public(request.key)) if own else None
+            handover.give(self.engine.take_all(), request.to, identity)
+        except MurmurError as error:
+            log.error("no stream was given to %s: %s", request.to, error)
+            self.engine.keep(str(error))
+            return
+        log.info("all streams were given to %s", request.to)
+        self.engine.give_away(request)
+        self.stop()
 
     def _hush(self) -> None:
         """Take note of having been woken."""

@@ -23,7 +23,7 @@ REQUESTS: list[m.Request] = [
     m.ResumeAlerts("p-17", "", "nurse-3", 3),
     m.ListAlerts("p-17", 4),
     m.Again("bed-7", 77, {"beat": 12}, 5),
-    m.Adopt("p-17", b"murmur", 6),
+    m.Adopt("p-17", b"murmur", False, 6),
     m.Drain("tcp://10.0.0.2:7700", "tcp://10.0.0.2:7701", "", 7),
 ]
 ACTIVE = m.ActiveAlerts(
