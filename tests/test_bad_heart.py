@@ -11,6 +11,10 @@ NaN                        the stream ends, ``not_finite``; its alerts stay, ``s
 pacing spikes              each beat once, within 150 ms, up to 2 mV (2 ms) before it. Greater ones
                            are taken for the beat, with or without one behind them
 inverted leads             the same beats
+beats hidden by noise      as steep as beats, or by an electrode that came off an AC amplifier and
+                           creeps back: ``unclear_pause``, cannot monitor, and no asystole
+asystole in noise          ``asystole`` at 4.0 s while the noise is less steep than 0.7 of this
+                           patient's beats; beyond, cannot monitor until it is less
 mains of 1 mV              the same beats; ``quality`` says it: bad, and a half of it poor
 a lead swap in mid-record  the same beats, no alert
 uV that are called mV      ``implausible_amplitude``: cannot monitor (test_quality.py)
@@ -288,6 +292,54 @@ def test_a_clock_that_jumps_changes_no_beat_and_no_measure_of_the_heart(ward: Wa
         assert ("clock_jump" in ward.raised(name)) == (jump_s != 0)
         assert ward.raised(name) <= {"clock_jump"}
     assert told[0] == told[1] == told[2]
+
+
+# --- pauses that are none ----------------------------------------------------------------------
+
+
+def noise(millivolts: float, seed: int = 1) -> Signal:
+    """Return muscle noise for half a minute, white up to 60 Hz, of one standard deviation."""
+    rng = np.random.default_rng(seed)
+    white = np.repeat(rng.normal(0, millivolts, (len(NORMAL) // 3, LEADS)), 3, axis=0)
+    return white.astype(np.float32)
+
+
+STANDING = ecg(rhythm((9.5, 75), (20.0, 0)), 30.0)
+LAST = STANDSTILL[STANDSTILL < 10][-1]
+
+
+@pytest.mark.parametrize("millivolts", [0.0, 0.05, 0.1])
+def test_asystole_in_some_noise_is_one_in_time(ward: Ward, millivolts: float) -> None:
+    name = ward.play(STANDING + noise(millivolts))
+    raised = [one for one in ward.alerts(name, "asystole") if one.state == "active"]
+    assert raised[0].seconds == pytest.approx(LAST + 4.0, abs=0.05)
+    assert ward.alerts(name, "unclear_pause") == []
+
+
+def test_a_pause_in_noise_as_steep_as_beats_is_an_asystole_once_the_noise_is_over(
+    ward: Ward,
+) -> None:
+    """The heart stands still from 9.2 s on; what noise is taken for beats ends before 16 s."""
+    loud = noise(0.3) * ((TIME > 10) & (TIME < 18))[:, None]
+    name = ward.play(STANDING + loud)
+    unclear = ward.alerts(name, "unclear_pause")
+    (asystole,) = ward.alerts(name, "asystole")
+    assert [one.state for one in unclear] == ["active", "resolved"]
+    assert "asystole" in unclear[0].cannot_monitor
+    assert "ventricular_fibrillation_suspected" not in unclear[0].cannot_monitor
+    assert 18 < unclear[1].seconds <= asystole.seconds < 20.5
+
+
+def test_an_electrode_that_came_off_an_ac_amplifier_is_no_asystole(ward: Ward) -> None:
+    """The lead makes a step of 3 mV and creeps back, without a beat, as in records of MIT-BIH."""
+    away = (TIME >= 10.3) & (TIME < 16)
+    creeping = 3 * np.exp(-(TIME - 10.3) / 1.5)
+    signal = np.where(away[:, None], creeping[:, None], NORMAL).astype(np.float32)
+    name = ward.play(signal)
+    (unclear,) = [one for one in ward.alerts(name, "unclear_pause") if one.state == "active"]
+    assert set(unclear.cannot_monitor) >= MONITORED
+    assert ward.alerts(name, "asystole") == []
+    assert ward.alerts(name, "unclear_pause")[-1].state == "resolved"
 
 
 # --- leads that come off -----------------------------------------------------------------------

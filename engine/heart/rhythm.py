@@ -15,6 +15,8 @@ from statistics import median
 import msgspec
 import numpy as np
 
+from engine.heart.activity import Activity
+
 # How long until a count stands for what it is called: five slow and 17 fast beats and five
 # ventricular ones are an alarm in the PhysioNet/CinC challenge of 2015; three ventricular ones a
 # run, six a minute frequent (bedside monitors: 5 to 10); three pairs are bigeminy.
@@ -143,6 +145,7 @@ class Rhythm(msgspec.Struct):
     entropy: float | None = None
     looked_at: int = 0  # position of the last look
     told: dict[str, float] = {}  # what was told at once, as it was told last
+    activity: Activity = msgspec.field(default_factory=Activity)
 
     # --- in --------------------------------------------------------------------------------
 
@@ -158,6 +161,7 @@ class Rhythm(msgspec.Struct):
         if position < self.since:
             return {}  # it lies before lost samples, and was found after them
         interval = None if self.last is None else position - self.last
+        self.activity.beat(position)
         self._count(position, label, interval)
         self._note(position, label, interval)
         if interval is not None:
@@ -169,7 +173,7 @@ class Rhythm(msgspec.Struct):
         self.tick = _PAUSE_TICK
         changed, self.told = counts != self.told, counts
         if paused:
-            return counts | {"pause_s": 0.0}
+            return counts | {"pause_s": 0.0, "pause_activity": 0.0}
         return counts if changed else {}
 
     def gap(self, position: int) -> None:
@@ -186,6 +190,7 @@ class Rhythm(msgspec.Struct):
         self.past, self.sums = [], Sums()
         self.irregular, self.entropy, self.to_look = [], None, 0
         self.told = {}
+        self.activity.gap()
 
     # --- out -------------------------------------------------------------------------------
 
@@ -199,7 +204,7 @@ class Rhythm(msgspec.Struct):
     def pause(self) -> dict[str, float]:
         """Return the pause that was due, and wait for the next."""
         self.tick += 1
-        return {"pause_s": (self.tick - 1) / _TICKS_PER_S}
+        return {"pause_s": (self.tick - 1) / _TICKS_PER_S} | self._activity()
 
     def measures(self, position: int) -> dict[str, float]:
         """Return all that is known when every beat before a position is."""
@@ -207,6 +212,8 @@ class Rhythm(msgspec.Struct):
         pause_s = (position - self._pause_began) / self.rate_hz
         if self.last is not None or pause_s * _TICKS_PER_S >= self.least_tick:
             values["pause_s"] = max(0.0, pause_s)
+            if self.tick > _PAUSE_TICK:
+                values |= self._activity()
         rate = self.heart_rate_bpm
         if rate is not None and pause_s <= _LONGEST_INTERVAL_S:
             values["heart_rate_bpm"] = rate
@@ -237,6 +244,11 @@ class Rhythm(msgspec.Struct):
         return 60.0 * self.rate_hz / median(few if slow else self.intervals)
 
     # --- inside ----------------------------------------------------------------------------
+
+    def _activity(self) -> dict[str, float]:
+        """Return how much the signal moves in a pause, if it is known."""
+        share = self.activity.since(self._pause_began, self.rate_hz)
+        return {} if share is None else {"pause_activity": share}
 
     @property
     def _pause_began(self) -> int:
