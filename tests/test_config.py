@@ -32,7 +32,8 @@ def leaves(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{path}{key}"
-        found |= leaves(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        inner = isinstance(value, dict) and value
+        found |= leaves(value, f"{name}.") if inner else {name: value}
     return found
 
 

@@ -55,6 +55,8 @@ def refusals() -> set[str]:
                 function = getattr(node.func, "id", getattr(node.func, "attr", ""))
                 if function in ("Refused", "Error"):
                     codes.add(node.args[0].value)
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "_fail":
+                codes.add(node.args[1].value)
     return codes
 
 
