@@ -32,6 +32,7 @@ _OF_STREAM = frozenset(
         "device_saturated",
         "device_paced",
         "at_limit_share",
+        "pacing_pulses_per_minute",
     }
 )
 _JOINED_S = 3.0  # so long a value may be joined with others in a condition of several measures

@@ -423,6 +423,7 @@ class Engine:
             4 + lane.wing.delay // lane.hop,
             self.limits.bridge_s,
             self.limits.reorder_chunks,
+            lane.spec.pipeline == "heart" and lane.spec.input.unit == "mV",
         )
 
     def _enter(

@@ -22,6 +22,7 @@ from engine.clock import Clock
 from engine.errors import Refused
 from engine.messages import Ack, Bridged, Channel, Chunk, Closed, Flags, Measures, Message, Open
 from engine.model_file import Input
+from engine.pulses import LEAST_HZ, PulseFilter
 from engine.signal import Resampler, rate_ratio, unit_factor
 
 _MAX_FLUSHES = 16
@@ -109,6 +110,8 @@ class Session:
     reorder_chunks : int
         How many chunks may wait for an earlier one, which is then given up. They wait for no more
         signal than half of the credit, or a client that counts the missing one could send nothing.
+    pacing : bool
+        Whether pulses of a pacemaker are looked for; the model's unit is mV then.
 
     Attributes
     ----------
@@ -133,6 +136,7 @@ class Session:
         num_anchors: int = 4,
         bridge_s: float = 0.0,
         reorder_chunks: int = 0,
+        pacing: bool = False,
     ) -> None:
         self.name = opened.stream
         self.rate_hz = opened.rate_hz
@@ -159,6 +163,9 @@ class Session:
         self._ratio = _ratio(opened, signal)
         self._up, self._down = self._ratio.numerator, self._ratio.denominator
         self._resampler = self._new_resampler()
+        self._pulses: PulseFilter | None = None
+        if pacing and opened.rate_hz >= LEAST_HZ:
+            self._pulses = PulseFilter(opened.rate_hz, opened.channels)
         # What a resampler holds back is in flight as well; a slow sensor's whole credit may be.
         self.credit = max(1, credit) + (self._resampler.reach if self._resampler else 0)
         self._max_chunk_bytes = max_chunk_bytes
@@ -232,7 +239,7 @@ class Session:
         if sum(isinstance(item, Tail) for item in self.inbox) >= _MAX_FLUSHES:
             raise Refused("over_credit", f"expected at most {_MAX_FLUSHES} flushes on their way")
         self.give_up()
-        self._drain_resampler()
+        self._drain()
         self.last_flush = flush_id
         self._unbroken_from = self.samples
         self.inbox.append(Tail(flush_id, self.end_index))
@@ -289,11 +296,19 @@ class Session:
         self.samples += count
         if self._watch.on or chunk.t_device is not None or chunk.flags is not None:
             self._say(self._watch.chunk(chunk, sent, arrived))
+        if self._pulses is not None:
+            values = self._pulses.push(values, self.end_index - len(values))
+            self._tell_pulses(self._pulses)
         if self._resampler is not None:
             values = self._resampler.push(values)
         if self._narrow:
             values = self._widen(values)
         self.inbox.append(Samples(values, (chunk.seq, self.end_index, self.samples)))
+
+    def _tell_pulses(self, pulses: PulseFilter) -> None:
+        for index, count in pulses.per_minute(self.end_index, self.opened.index):
+            values = {"pacing_pulses_per_minute": float(count)}
+            self._say([Measures(self.name, index, index / self.rate_hz, index, values)])
 
     def _pass_over(self, lost: int, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Bridge the samples that are missing before some, or queue the gap."""
@@ -386,15 +401,16 @@ class Session:
     def _note_gap(self, index: int) -> None:
         self.gaps += 1
         self.lost_samples += index - self.end_index
-        self._drain_resampler()
+        self._drain()
         self.inbox.append(Lost(self.end_index, index))
 
-    def _drain_resampler(self) -> None:
-        """Queue what the resampler kept back, and begin with a new one."""
+    def _drain(self) -> None:
+        """Queue what was kept back before the model, and begin anew."""
+        rest = [] if self._pulses is None else [self._pulses.flush()]
         if self._resampler is not None:
-            rest = self._resampler.flush()
-            self.inbox.append(Samples(self._widen(rest) if self._narrow else rest))
+            rest = [self._resampler.push(one) for one in rest] + [self._resampler.flush()]
             self._resampler = self._new_resampler()
+        self.inbox += [Samples(self._widen(one) if self._narrow else one) for one in rest]
 
     def _new_resampler(self) -> Resampler | None:
         return Resampler(self._ratio, self.opened.channels) if self._ratio != 1 else None
@@ -410,7 +426,8 @@ class Session:
         """Return the index before which lies all that the model's samples before one came from."""
         position_0, index_0 = self._anchor_of(position)
         steps = -((position_0 - position) * self._down // self._up)
-        return index_0 + steps + (self._resampler.reach if self._resampler else 0)
+        index = index_0 + steps + (self._resampler.reach if self._resampler else 0)
+        return index if self._pulses is None else self._pulses.needed_until(index)
 
     def _anchor_of(self, position: int) -> tuple[int, int]:
         for anchor in reversed(self._anchors):
@@ -485,6 +502,7 @@ class Session:
             "counts": _counts(self),
             "inbox": [(type(item).__name__, *item) for item in self.inbox],
             "resampler": None if self._resampler is None else self._resampler.take(),
+            "pulses": None if self._pulses is None else self._pulses.take(),
             "held": [(held.chunk, held.arrived) for held in self._held],
             "given_up": [(numbers.start, numbers.stop) for numbers in self._given_up],
             "latest": self._latest[-1:],
@@ -502,6 +520,8 @@ class Session:
         self.inbox.extend(_item(*item) for item in carried["inbox"])
         if self._resampler is not None:
             self._resampler.put(carried["resampler"])
+        if self._pulses is not None:
+            self._pulses.put(carried["pulses"])
         chunks = [(msgspec.convert(chunk, Chunk), at) for chunk, at in carried["held"]]
         self._held = [Held(chunk, self._read(chunk), at) for chunk, at in chunks]
         self._given_up.extend(range(*numbers) for numbers in carried["given_up"])

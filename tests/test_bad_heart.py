@@ -8,8 +8,10 @@ flat line                  no beat in it; ``flat_line``, and ``asystole`` after 
 saturation                 ``saturated``: cannot monitor any rule of the heart, nor resolve one
 NaN                        the stream ends, ``not_finite``; its alerts stay, ``stream_lost`` says
                            that they cannot be monitored; its neighbours do not notice
-pacing spikes              each beat once, within 150 ms, up to 2 mV (2 ms) before it. Greater ones
-                           are taken for the beat, with or without one behind them
+pacing pulses              taken out from 360 Hz on: each beat once, behind one pulse or two of any
+                           height; without beats behind them ``asystole``, in its time.
+                           ``pacing_pulses_per_minute`` says them. Below 360 Hz a pulse of 2 mV may
+                           be taken for the beat
 inverted leads             the same beats
 beats hidden by noise      as steep as beats, or by an electrode that came off an AC amplifier and
                            creeps back: ``unclear_pause``, cannot monitor, and no asystole
@@ -232,18 +234,69 @@ def test_millivolts_that_are_called_microvolts_are_a_flat_line_and_asystole(
 # --- a signal with something on it -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("millivolts", [1.0, -1.0, 2.0, -2.0])
-def test_paced_beats_are_found_once_each(ward: Ward, millivolts: float) -> None:
-    """Pulses of 2 ms, 80 ms before the peak of complexes as wide as paced ones are."""
-    rate_hz = 1000
+def pulsed(
+    signal: Signal, at: Seconds, millivolts: float, rate_hz: float, width_s: float = 0.001
+) -> Signal:
+    """Return a record with pulses of a pacemaker; on the second lead they are smaller."""
+    changed = signal.copy()
+    for first in np.round(at * rate_hz).astype(int):
+        height = millivolts * np.array([1, 0.6], np.float32)[: signal.shape[1]]
+        changed[first : first + max(1, round(width_s * rate_hz))] += height
+    return changed
+
+
+def pulse_rate(ward: Ward, name: str) -> float:
+    """Return how many pulses a minute were told at most."""
+    told = [one.values.get("pacing_pulses_per_minute", 0.0) for one in ward.measures(name)]
+    return max(told, default=0.0)
+
+
+@pytest.mark.parametrize("rate_hz", [360.0, 500.0, 1000.0])
+@pytest.mark.parametrize("millivolts", [2.0, -5.0, 50.0])
+@pytest.mark.parametrize("before_s", [(0.08,), (0.08, 0.24)])
+def test_paced_beats_are_found_once_each(
+    ward: Ward, rate_hz: float, millivolts: float, before_s: tuple[float, ...]
+) -> None:
+    """One pulse or two of 1 ms, before the peak of complexes as wide as paced ones are."""
     beats = rhythm((29.0, 70))
-    paced = ecg(beats, 30.0, rate_hz, width=3.0)
-    pulses = np.round((beats - 0.08) * rate_hz).astype(int)
-    for part in (0, 1):
-        paced[pulses + part] += np.float32(millivolts) * np.array([1, 0.6], np.float32)[:LEADS]
-    name = ward.play(paced, rate_hz=rate_hz)
-    assert each_once(ward.seconds(name), beats, within_s=0.15)
+    signal = ecg(beats, 30.0, rate_hz, width=3.0)
+    for earlier in before_s:
+        signal = pulsed(signal, beats - earlier, millivolts, rate_hz)
+    name = ward.play(signal, rate_hz=rate_hz)
+    assert each_once(ward.seconds(name), beats, within_s=0.1)
     assert ward.raised(name) == set()
+    pulses = [beat - earlier for beat in beats for earlier in before_s]
+    assert pulse_rate(ward, name) == sum(one < 29.9 for one in pulses)
+
+
+@pytest.mark.parametrize("rate_hz", [360.0, 1000.0])
+@pytest.mark.parametrize("millivolts", [2.0, -5.0, 50.0])
+def test_pulses_without_beats_are_asystole_in_its_time(
+    ward: Ward, rate_hz: float, millivolts: float
+) -> None:
+    """The heart stands still from 10 s on, and the pacemaker goes on at seventy a minute."""
+    beats = rhythm((9.5, 70))
+    pulses = rhythm((29.0, 70)) - 0.08
+    name = ward.play(
+        pulsed(ecg(beats, 30.0, rate_hz, width=3.0), pulses, millivolts, rate_hz), rate_hz=rate_hz
+    )
+    assert each_once(ward.seconds(name), beats, within_s=0.1)
+    (asystole,) = ward.alerts(name, "asystole")
+    assert asystole.seconds == pytest.approx(beats[-1] + 4.0, abs=0.1)
+    assert (asystole.decided_at - asystole.index) / rate_hz <= 0.4
+
+
+@pytest.mark.skipif(not MITDB.is_dir(), reason=f"no MIT-BIH records at {MITDB}")
+@pytest.mark.filterwarnings("ignore:The inplace keyword")  # wfdb 4.3 under pandas 3
+@pytest.mark.parametrize("record", ["106", "119", "208"])  # many ventricular beats
+def test_pulses_on_a_real_minute_change_no_beat(ward: Ward, record: str) -> None:
+    """At seventy a minute, wherever they fall: on complexes, T waves and between them."""
+    pytest.importorskip("wfdb")
+    signal = annotated.read(MITDB, record, LEADS).samples[600 * RATE : 660 * RATE]
+    beats = ward.seconds(ward.play(signal))
+    name = ward.play(pulsed(signal, rhythm((59.0, 70)), 4.0, RATE))
+    assert each_once(ward.seconds(name), beats, within_s=0.03)
+    assert pulse_rate(ward, name) == 69
 
 
 @pytest.mark.parametrize("inverted", [range(LEADS), range(1)])
