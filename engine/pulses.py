@@ -76,6 +76,7 @@ class PulseFilter:
             end = self._take_out(x)
         else:
             self._seen = index + len(chunk)
+        end = max(end, self._span)
         out = x[self._span : end]
         self._kept = x[end - self._span :]
         self._index += len(out)

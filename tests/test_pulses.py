@@ -46,6 +46,14 @@ def paced(x: Signal, rate_hz: float, at_s: list[float], height: Signal, width_s:
 AT_S = [0.2, 0.35, 1.0, 1.012, 1.8]  # two chambers, and two pulses that all but touch
 
 
+@pytest.mark.parametrize("rate_hz", [360.0, 1000.0])
+def test_pulses_on_a_line_that_is_quite_flat_leave_it_so(rate_hz: float) -> None:
+    x = np.zeros((round(2 * rate_hz), 1), np.float32)
+    heard = play(paced(x, rate_hz, AT_S, np.float32([3.0]), 0.002), rate_hz)
+    np.testing.assert_array_equal(heard.signal, x)
+    assert heard.told[-1][1] == len(AT_S)
+
+
 @pytest.mark.parametrize("rate_hz", [360.0, 500.0, 1000.0, 1440.0, 4000.0])
 @pytest.mark.parametrize("millivolts", [1.5, -2.0, 20.0, 700.0])
 def test_pulses_of_half_to_two_milliseconds_leave_a_line(rate_hz: float, millivolts: float) -> None:
@@ -102,9 +110,10 @@ def test_any_chunks_and_any_put_back_give_the_same(
 ) -> None:
     x = hostile(seed, rate_hz)
     whole = play(x, rate_hz)
-    split = play(x, rate_hz, cuts)
-    np.testing.assert_array_equal(split.signal, whole.signal)
-    assert split.told == whole.told
+    for places in (cuts, list(range(400))):
+        split = play(x, rate_hz, places)
+        np.testing.assert_array_equal(split.signal, whole.signal)
+        assert split.told == whole.told
     parts, pulses, index = [], PulseFilter(rate_hz, 2), 0
     for chunk in np.split(x, sorted(cuts)):
         if len(chunk):
