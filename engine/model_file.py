@@ -400,7 +400,10 @@ def _read(path: Path, provider: str) -> Model:
 def _load_onnx(path: Path, provider: str) -> Model:
     graph = path.read_bytes()
     session = open_session(graph, provider)
-    metadata = session.get_modelmeta().custom_metadata_map
+    try:
+        metadata = session.get_modelmeta().custom_metadata_map
+    except UnicodeDecodeError as error:
+        raise ModelFileError(f"the metadata cannot be read: {error}") from None
     if METADATA_KEY not in metadata:
         raise ModelFileError(
             f"expected metadata key {METADATA_KEY!r}, found {sorted(metadata)}; "

@@ -227,7 +227,8 @@ def test_drain_moves_streams_to_another_server(
         assert stream.flush() == 1500
         told += client.events()
         life = stream.request.life
-    assert first.process.wait(DEADLINE_S) == 0
+    first.process.wait(DEADLINE_S)
+    assert first.stop() == 0
     request = m.Open("s", "tiny", 100.0, "mV", life=life)
     whole = unbroken((tiny_path,), request, chunks("s", SIGNAL, range(50, 1500, 50)))
     assert results(told) == results(whole)

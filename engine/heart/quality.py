@@ -32,7 +32,6 @@ part of CinC 2017, resampled to 360 Hz: ``python -m training.rhythm --cinc`` pri
 (training/LOG.md).
 """
 
-
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
