@@ -175,7 +175,7 @@ def test_silero_behind_a_real_server_is_silero_by_its_own_loop(
 def test_the_check_of_silero_passes_in_batches() -> None:
     result = CliRunner().invoke(app, ["models", "check", "silero-vad"])
     assert result.exit_code == 0, result.output
-    assert "in batches of 32" in result.output
+    assert "in batches of 64" in result.output
 
 
 # DTLN
