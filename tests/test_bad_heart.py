@@ -395,6 +395,35 @@ def test_an_electrode_that_came_off_an_ac_amplifier_is_no_asystole(ward: Ward) -
     assert ward.alerts(name, "unclear_pause")[-1].state == "resolved"
 
 
+# --- a rhythm that is not heard any more ---------------------------------------------------------
+
+
+def test_fibrillation_of_the_atria_is_told_while_there_are_beats(ward: Ward) -> None:
+    """Irregular beats without P waves for 40 s, and then none: what was heard then is old."""
+    beats = 0.4 + np.cumsum(np.random.default_rng(0).uniform(0.4, 1.1, 52))
+    beats = beats[beats < 40]
+    name = ward.play(ecg(beats, 60.0, width=1.01))
+    alerts = ward.alerts(name, "atrial_fibrillation_suspected")
+    (raised,) = [one for one in alerts if one.state == "active"]
+    assert raised.seconds < 40
+    seconds = [one for one in ward.measures(name) if "flat_line" in one.values]
+    told = [one.seconds for one in seconds if one.values.get("af_suspected", 0.0) >= 0.5]
+    named = [one.seconds for one in seconds if "rhythm_a" in one.values]
+    assert max(told) <= max(named) < beats[-1] + 3.5
+    for one in seconds:
+        if "rhythm_a" in one.values:
+            assert one.values["af_suspected"] == one.values["rhythm_a"]
+
+
+def test_no_rhythm_is_told_over_lost_samples_before_the_next_beat(ward: Ward) -> None:
+    name = ward.open(LEADS)
+    first = chunks(name, NORMAL[: 20 * RATE], range(CHUNK, 20 * RATE, CHUNK))
+    after = ecg(np.zeros(0), 20.0)
+    ward.send([*first, *chunks(name, after, range(CHUNK, 20 * RATE, CHUNK), 40, 25 * RATE)])
+    named = [one.seconds for one in ward.measures(name) if "rhythm_n" in one.values]
+    assert 19 <= max(named) <= 20
+
+
 # --- leads that come off -----------------------------------------------------------------------
 
 

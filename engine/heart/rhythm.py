@@ -22,7 +22,7 @@ from engine.heart.activity import Activity
 # run, six a minute frequent (bedside monitors: 5 to 10); three pairs are bigeminy.
 _RUN, _FREQUENT, _SLOW, _FAST, _BIGEMINY = 3, 6, 5, 17, 6
 _SLOW_BPM, _FAST_BPM = 40.0, 140.0
-_LONGEST_INTERVAL_S = 3.0  # a longer one is a pause or a loss of signal, not a heart rate
+LONGEST_INTERVAL_S = 3.0  # a longer one is a pause or a loss of signal, not a heart rate
 # A pause is told from 3 s on, five times a second until 6 s; then once a second.
 _TICKS_PER_S = 5
 _PAUSE_TICK, _ASYSTOLE_TICK, _LAST_TICK = 15, 20, 30
@@ -215,7 +215,7 @@ class Rhythm(msgspec.Struct):
             if self.tick > _PAUSE_TICK:
                 values |= self._activity()
         rate = self.heart_rate_bpm
-        if rate is not None and pause_s <= _LONGEST_INTERVAL_S:
+        if rate is not None and pause_s <= LONGEST_INTERVAL_S:
             values["heart_rate_bpm"] = rate
         bigeminy = self.bigeminy.known
         if bigeminy is not None:
@@ -229,7 +229,8 @@ class Rhythm(msgspec.Struct):
             values["ventricular_per_minute"] = count
         if position - self.since >= _VARIABILITY_S * self.rate_hz:
             values |= self._variability()
-        if self.entropy is not None and position - self.looked_at <= _HELD_S * self.rate_hz:
+        held = position - self.looked_at <= _HELD_S * self.rate_hz
+        if self.entropy is not None and held and pause_s <= LONGEST_INTERVAL_S:
             share = (self.entropy - _ENTROPY_0) / (_ENTROPY_1 - _ENTROPY_0)
             values["af_suspected"] = min(1.0, max(0.0, share))
         return values
@@ -285,7 +286,7 @@ class Rhythm(msgspec.Struct):
         return values
 
     def _add_interval(self, interval: int) -> None:
-        if interval > _LONGEST_INTERVAL_S * self.rate_hz:
+        if interval > LONGEST_INTERVAL_S * self.rate_hz:
             self.intervals = []
         else:
             self.intervals = [*self.intervals[1 - _INTERVALS :], interval]
@@ -293,7 +294,7 @@ class Rhythm(msgspec.Struct):
     def _note(self, position: int, label: str, interval: int | None) -> None:
         """Note a beat for the variability of the next five minutes."""
         normal = label == "N" == self.label
-        if interval is None or not normal or interval > _LONGEST_INTERVAL_S * self.rate_hz:
+        if interval is None or not normal or interval > LONGEST_INTERVAL_S * self.rate_hz:
             interval = 0
         before = self.past[-1].interval if self.past else 0
         difference = abs(interval - before) if interval and before else -1
@@ -329,7 +330,7 @@ class Rhythm(msgspec.Struct):
         if (
             label not in "NS"
             or self.label not in "NS"
-            or interval > _LONGEST_INTERVAL_S * self.rate_hz
+            or interval > LONGEST_INTERVAL_S * self.rate_hz
         ):
             return
         follows = bool(self.irregular) and self.irregular[-1].position == self.last

@@ -6,6 +6,7 @@ the end of a second is of the beats that are known by then. Nothing told hangs o
 cut into steps: what happens in one is told in the order in which it was known.
 """
 
+import math
 from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -21,12 +22,13 @@ from engine.heart.beats import REFRACTORY_S, Beat, BeatFinder
 from engine.heart.classes import BeatClassifier, Stepper
 from engine.heart.fibrillation import Fibrillation
 from engine.heart.quality import Quality
-from engine.heart.rhythm import Rhythm
+from engine.heart.rhythm import LONGEST_INTERVAL_S, Rhythm
 from engine.heart.seconds import Seconds, restless
 from engine.messages import Gapped, Message
 from engine.model_file import ModelSpec
 from engine.wing import Outputs, PromptWing, Rows, Timeline
 
+_FIBRILLATION = "rhythm_a"  # CinC 2017: N normal, A atrial fibrillation, O other, ~ noise
 _NEVER = 2**62  # a position beyond all; a lag added to it stays within int64
 
 # The samples up to here sufficed, a beat before the end of a second, and which of them it was.
@@ -213,7 +215,9 @@ class HeartWing(PromptWing):
                     self._heard[slot] = self.classifier.rhythm(what)
             else:
                 rhythm.activity.second(Second(known, what.slopes, what.means))
-                values = what.values | rhythm.measures(known - lag) | self._heard[slot]
+                values = what.values | rhythm.measures(known - lag)
+                if values.get("pause_s", math.inf) <= LONGEST_INTERVAL_S:
+                    values |= _named(self._heard[slot])
                 told.append(_measures(stream, known, known, values))
         told += _pauses(rhythm, stream, until - lag + 1, lag, end)
         self._await(slot)
@@ -222,6 +226,15 @@ class HeartWing(PromptWing):
     def _await(self, slot: int) -> None:
         due = self._rhythm[slot].due
         self._due[slot] = _NEVER if due is None else due
+
+
+def _named(heard: dict[str, float]) -> dict[str, float]:
+    """Return the rhythms that the naming model told, and its opinion of atrial fibrillation.
+
+    That stands in place of what the irregularity of the intervals says (docs/decisions.md).
+    """
+    fibrillation = heard.get(_FIBRILLATION)
+    return heard if fibrillation is None else heard | {"af_suspected": fibrillation}
 
 
 def _beat(rhythm: Rhythm, stream: Timeline, beat: Beat) -> list[Message]:
