@@ -160,7 +160,7 @@ class Vital(Message, frozen=True):
     """One value of a slow sign of life, measured now and then."""
 
     subject: Name
-    parameter: Text  # one of engine.heart.news2.PARAMETERS
+    parameter: Text  # one of engine.heart.news2.PARAMETERS, or SPO2_SCALE
     value: float
     unit: Text  # UCUM
     seconds: Annotated[float, Meta(ge=0, le=1e12)]  # of the subject: as its streams count them

@@ -7,7 +7,7 @@ import pytest
 
 from engine import messages as m
 from engine.heart import news2
-from engine.heart.news2 import PARAMETERS, Vitals, convert, points
+from engine.heart.news2 import PARAMETERS, Vitals, convert, hypercapnic_points, points
 from tests.drive import Driven
 
 # The chart of the Royal College of Physicians, 2017: the first and last value of each box.
@@ -26,6 +26,16 @@ CHART = {
         (39.1, 46.0, 2),
     ],
 }
+# The second scale of oxygen saturation, on air and on oxygen.
+HYPERCAPNIC = [
+    (20, 83, 3, 3),
+    (84, 85, 2, 2),
+    (86, 87, 1, 1),
+    (88, 92, 0, 0),
+    (93, 94, 0, 1),
+    (95, 96, 0, 2),
+    (97, 100, 0, 3),
+]
 WELL = {
     "respiration": 16.0,
     "spo2": 97.0,
@@ -43,6 +53,7 @@ UNITS = {
     "pulse": "/min",
     "consciousness": "1",
     "temperature": "Cel",
+    "spo2_scale": "1",
 }
 
 
@@ -62,6 +73,42 @@ def test_each_box_of_the_chart_from_its_first_to_its_last_value(
 ) -> None:
     assert points(parameter, first) == points(parameter, last) == given
     assert vitals(**{parameter: last}).measures()["news2"] == given
+
+
+@pytest.mark.parametrize(("first", "last", "on_air", "on_oxygen"), HYPERCAPNIC)
+def test_each_box_of_the_second_scale_of_saturation(
+    first: float, last: float, on_air: int, on_oxygen: int
+) -> None:
+    for oxygen, given in ((0.0, on_air), (1.0, on_oxygen), (0.5, on_oxygen)):
+        assert hypercapnic_points(first, oxygen > 0) == given
+        told = vitals(spo2=last, oxygen=oxygen, spo2_scale=2.0).measures()
+        assert told["news2_points_spo2"] == given
+        assert told["news2"] == given + (2 if oxygen else 0)
+        assert told["news2_spo2_scale"] == 2
+        assert vitals(spo2=last, spo2_scale=1.0).measures() == vitals(spo2=last).measures()
+
+
+def test_on_the_second_scale_more_than_the_target_says_nothing_before_oxygen_is_known() -> None:
+    found = Vitals()
+    found.note("spo2_scale", 2.0, 0.0)
+    for spo2, given in ((96.0, None), (92.0, 0), (85.0, 2)):
+        found.note("spo2", spo2, 1.0)
+        assert found.measures().get("news2_points_spo2") == given
+        assert found.measures()["spo2_percent"] == spo2
+
+
+def test_a_scale_is_stated_and_is_no_parameter_of_the_score() -> None:
+    found = Vitals()
+    found.note("spo2_scale", 2.0, 0.0)
+    assert found.measures() == {}
+    assert vitals(spo2_scale=2.0, spo2=90.0).rate() == 0
+    changed = vitals(spo2_scale=2.0, spo2=90.0)
+    changed.note("spo2_scale", 1.0, 200.0)
+    assert changed.rate() == 3
+    assert convert("spo2_scale", 2.0, "1") == 2.0
+    for value in (0.0, 1.5, 3.0):
+        with pytest.raises(ValueError, match="spo2_scale: expected 1"):
+            convert("spo2_scale", value, "1")
 
 
 def test_values_between_two_boxes_count_as_the_chart_would_have_them_written() -> None:
@@ -183,6 +230,31 @@ def test_vitals_come_back_as_measures_and_raise_an_alert(tiny_path: Path) -> Non
         if isinstance(alert, m.Alert) and alert.state == "active"
     ]
     assert "news2_emergency" in alerts
+
+
+@pytest.mark.parametrize(
+    ("scale", "spo2", "raised"),
+    [
+        (1.0, 88.0, {"spo2_low"}),
+        (2.0, 88.0, set()),
+        (2.0, 83.0, {"spo2_low_hypercapnic"}),
+        (1.0, 83.0, {"spo2_low"}),
+    ],
+)
+def test_a_low_saturation_is_low_for_its_scale(
+    tiny_path: Path, scale: float, spo2: float, raised: set[str]
+) -> None:
+    driven = Driven(tiny_path)
+    driven.say("nurse", vital("spo2_scale", scale))
+    driven.say("nurse", *(vital("spo2", spo2, 10.0 + 5 * number) for number in range(4)))
+    alerts = [
+        alert.rule
+        for topic, body in driven.engine.published
+        if topic == b"alert/p-17"
+        for alert in m.decode_replies(body)
+        if isinstance(alert, m.Alert) and alert.state == "active"
+    ]
+    assert set(alerts) == raised
 
 
 def test_the_ecg_of_the_same_subject_gives_the_pulse(heart_path: Path) -> None:

@@ -1,11 +1,13 @@
 """NEWS2, the early-warning score of slow vitals that come when somebody measured them.
 
-National Early Warning Score 2, Royal College of Physicians 2017, with the first scale of oxygen
-saturation (not the second one, for hypercapnic failure of breathing). Seven parameters; the score
-is known only while none of them is older than its limit. Reproduced for research: the college's own
-chart is to be used, unmodified, where patients are.
+National Early Warning Score 2, Royal College of Physicians 2017. Seven parameters; the score is
+known only while none of them is older than its limit. Oxygen saturation is on the first scale, or
+on the second, for hypercapnic failure of breathing with a target of 88 to 92 %, where somebody says
+so of the subject: that is a clinician's decision. Reproduced for research: the college's own chart
+is to be used, unmodified, where patients are.
 """
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -53,18 +55,27 @@ PARAMETERS: Mapping[str, Parameter] = {
     ),
 }
 
+# Of the subject, not measured: it holds until another is stated, or the subject is forgotten.
+SPO2_SCALE = "spo2_scale"
+_STATED: Mapping[str, Parameter] = {
+    SPO2_SCALE: Parameter("news2_spo2_scale", 1, 2, {"1": (1.0, 0.0)}, math.inf)
+}
+
 LONGEST_AGE_S = max(one.max_age_s for one in PARAMETERS.values())
 
 # Points up to and with a value, in the steps of the chart; the last is of all beyond.
 _CHART: Mapping[str, tuple[tuple[float, int], ...]] = {
-    "respiration": ((8, 3), (11, 1), (20, 0), (24, 2), (float("inf"), 3)),
-    "spo2": ((91, 3), (93, 2), (95, 1), (float("inf"), 0)),
-    "oxygen": ((0, 0), (float("inf"), 2)),
-    "systolic": ((90, 3), (100, 2), (110, 1), (219, 0), (float("inf"), 3)),
-    "pulse": ((40, 3), (50, 1), (90, 0), (110, 1), (130, 2), (float("inf"), 3)),
-    "consciousness": ((0, 0), (float("inf"), 3)),
-    "temperature": ((35.0, 3), (36.0, 1), (38.0, 0), (39.0, 1), (float("inf"), 2)),
+    "respiration": ((8, 3), (11, 1), (20, 0), (24, 2), (math.inf, 3)),
+    "spo2": ((91, 3), (93, 2), (95, 1), (math.inf, 0)),
+    "oxygen": ((0, 0), (math.inf, 2)),
+    "systolic": ((90, 3), (100, 2), (110, 1), (219, 0), (math.inf, 3)),
+    "pulse": ((40, 3), (50, 1), (90, 0), (110, 1), (130, 2), (math.inf, 3)),
+    "consciousness": ((0, 0), (math.inf, 3)),
+    "temperature": ((35.0, 3), (36.0, 1), (38.0, 0), (39.0, 1), (math.inf, 2)),
 }
+# On the second scale; what is beyond the target has points on oxygen only.
+_HYPERCAPNIC = ((83, 3), (85, 2), (87, 1), (92, 0), (94, 1), (96, 2), (math.inf, 3))
+_TARGET = 92
 # The chart knows whole numbers, and tenths of a degree.
 _DIGITS = {"temperature": 1}
 
@@ -77,9 +88,10 @@ def convert(parameter: str, value: float, unit: str) -> float:
     ValueError
         If there is no such parameter, it is not measured in that unit, or no body has that value.
     """
-    if parameter not in PARAMETERS:
-        raise ValueError(f"parameter: expected one of {sorted(PARAMETERS)}, found {parameter!r}")
-    _, lowest, highest, units, _ = PARAMETERS[parameter]
+    known = {**PARAMETERS, **_STATED}
+    if parameter not in known:
+        raise ValueError(f"parameter: expected one of {sorted(known)}, found {parameter!r}")
+    _, lowest, highest, units, _ = known[parameter]
     if unit not in units:
         raise ValueError(f"unit of {parameter}: expected one of {sorted(units)}, found {unit!r}")
     factor, offset = units[unit]
@@ -87,15 +99,25 @@ def convert(parameter: str, value: float, unit: str) -> float:
     if not lowest <= converted <= highest:  # nan as well
         least, most = ((bound - offset) / factor for bound in (lowest, highest))
         raise ValueError(f"{parameter}: expected {least:g} to {most:g} {unit}, found {value:g}")
+    if parameter in _STATED and not converted.is_integer():
+        raise ValueError(f"{parameter}: expected {lowest:g} or {highest:g}, found {value:g}")
     return converted
 
 
 def points(parameter: str, value: float) -> int:
-    """Return the points that the chart gives a value, 0 to 3."""
+    """Return the points that the chart gives a value, 0 to 3; of saturation on the first scale."""
     rounded = round(value, _DIGITS.get(parameter, 0))
     if parameter in ("oxygen", "consciousness"):
         rounded = value  # any flow is oxygen
     return next(given for up_to, given in _CHART[parameter] if rounded <= up_to)
+
+
+def hypercapnic_points(spo2: float, on_oxygen: bool) -> int:
+    """Return the points that the second scale gives an oxygen saturation in percent, 0 to 3."""
+    rounded = round(spo2)
+    if rounded > _TARGET and not on_oxygen:
+        return 0
+    return next(given for up_to, given in _HYPERCAPNIC if rounded <= up_to)
 
 
 class Reading(msgspec.Struct, array_like=True):
@@ -108,7 +130,7 @@ class Reading(msgspec.Struct, array_like=True):
 class Vitals(msgspec.Struct):
     """The latest vitals of a subject, as plain data."""
 
-    readings: dict[str, Reading] = {}  # by parameter
+    readings: dict[str, Reading] = {}  # by parameter; and what was stated
     heart: Reading | None = None  # heart rate of the subject's ECG
     now_s: float = 0.0  # latest time that was heard of
     score: int | None = None  # as reckoned last
@@ -145,7 +167,9 @@ class Vitals(msgspec.Struct):
         values = {PARAMETERS[name].measure: value for name, value in known.items()}
         if values.get("on_oxygen"):
             values["on_oxygen"] = 1.0  # whatever the flow
-        given = {name: points(name, value) for name, value in known.items()}
+        given = self._given(known)
+        if "spo2" in known:
+            values[_STATED[SPO2_SCALE].measure] = self.spo2_scale
         values |= {f"news2_points_{name}": float(count) for name, count in given.items()}
         score = self.rate()
         if score is not None:
@@ -157,8 +181,26 @@ class Vitals(msgspec.Struct):
         """Return the score; None while any parameter is unknown or too old."""
         known = self._known()
         whole = len(known) == len(PARAMETERS)
-        self.score = sum(points(*one) for one in known.items()) if whole else None
+        self.score = sum(self._given(known).values()) if whole else None
         return self.score
+
+    @property
+    def spo2_scale(self) -> float:
+        """1, unless 2 was stated of the subject."""
+        stated = self.readings.get(SPO2_SCALE)
+        return 1.0 if stated is None else stated.value
+
+    def _given(self, known: Mapping[str, float]) -> dict[str, int]:
+        """Return the points of what is known.
+
+        On the second scale those of more than the target hang on whether oxygen is given.
+        """
+        given = {name: points(name, value) for name, value in known.items()}
+        if "spo2" in known and self.spo2_scale == 2:
+            del given["spo2"]
+            if "oxygen" in known or round(known["spo2"]) <= _TARGET:
+                given["spo2"] = hypercapnic_points(known["spo2"], known.get("oxygen", 0) > 0)
+        return given
 
     def _known(self) -> dict[str, float]:
         fresh = {parameter: self.fresh(parameter) for parameter in PARAMETERS}
