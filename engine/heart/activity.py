@@ -34,7 +34,7 @@ _STILL = 4
 _KEPT = 12  # seconds that a shift is remembered for
 
 
-class Second(msgspec.Struct, array_like=True):
+class Second(msgspec.Struct, array_like=True, gc=False):
     """The second that ends at a position: of each lead its greatest slope, and its mean in mV."""
 
     end: int
@@ -58,10 +58,12 @@ def steepness(latest: Array, rate_hz: float) -> tuple[Array, Array]:
     """
     count = round(rate_hz)
     x = latest[:, :, -count - 4 :]
-    slope = x[:, :, 4:] - x[:, :, :-4]
-    slope += math.sqrt(3) * (x[:, :, 3:-1] - x[:, :, 1:-3])
+    slope = x[:, :, 3:-1] - x[:, :, 1:-3]
+    slope *= np.float32(math.sqrt(3))
+    slope += x[:, :, 4:]
+    slope -= x[:, :, :-4]
     means: Array = np.add.reduce(x[:, :, 4:], axis=2) / np.float32(count)
-    return np.maximum.reduce(np.abs(slope), axis=2), means
+    return np.maximum.reduce(np.abs(slope, out=slope), axis=2), means
 
 
 class Activity(msgspec.Struct):
@@ -80,13 +82,13 @@ class Activity(msgspec.Struct):
         if self.fresh:  # its first slopes are over what is not of this signal
             self.fresh = False
             return
-        if self.seconds:
+        if self.seconds and self.beats and self.beats[0] < self.seconds[-1].end:
             last = self.seconds[-1]
-            known = [position for position in self.beats if position < last.end]
-            if known:
-                self.beats = self.beats[len(known) :]
-                self.usual = [*self.usual[1 - _USUAL :], last.slopes]
-        self.seconds = [*self.seconds[1 - _KEPT :], second]
+            self.beats = [position for position in self.beats if position >= last.end]
+            self.usual = [*self.usual[1 - _USUAL :], last.slopes]
+        self.seconds.append(second)
+        if len(self.seconds) > _KEPT:
+            del self.seconds[0]
 
     def gap(self) -> None:
         """Forget the signal, and not what is usual of the patient."""
