@@ -28,6 +28,7 @@ from engine.lives import Group, Keeper, Life, Over, Owed, Taken
 from engine.messages import Message, Numbered
 from engine.metrics import Metrics
 from engine.model_file import Model
+from engine.peer import Peer
 from engine.recorder import RECORDED, Recorder, Signal
 from engine.rights import ANYONE, MOVED, Account
 from engine.runtime import CpuRuntime, Runtime
@@ -63,6 +64,9 @@ _FATAL = frozenset({"bad_length", "not_finite"})
 # full or its time has come (docs/decisions.md); who opens a stream or pings waits so long as well.
 _MANY = 8
 _LONGEST_PAUSE_S = 0.1
+# Of what a peer asks for is done so long before it is another's turn: many that ask for what is
+# dear keep nobody waiting for longer than this times their number.
+_TURN_S = 0.002
 _ANY_SUBJECT = Subjects()
 _PUBLISHED = (
     messages.Beat,
@@ -87,18 +91,6 @@ _UNWATCHED = frozenset({"speech", "audio", "scores"})
 # Ends of a stream that do not say that something is wrong with it.
 _CALM_ENDS = ("reopened", "draining")
 _ANY_CHECKPOINTS = Checkpoints()
-
-
-class Peer:
-    """A connection: who it is, and the streams that it opened."""
-
-    def __init__(self, now: float, account: Account) -> None:
-        self.account = account
-        self.greeted = False
-        self.seen = now
-        self.streams: set[str] = set()
-        self.outbox: list[bytes] = []
-        self.parts: list[bytes] = []  # of a checkpoint that is still to come as a whole
 
 
 class Pause(NamedTuple):
@@ -180,6 +172,7 @@ class Engine:
         self.published: list[tuple[bytes, bytes]] = []
         self.turned_away: list[tuple[bytes, bytes]] = []
         self.peers: dict[bytes, Peer] = {}
+        self._behind: dict[bytes, None] = {}  # peers with work left, whose turn is next first
         self.draining = False
         self._models: dict[str, Model] = {}
         self._lanes: dict[str, Lane] = {}
@@ -256,8 +249,29 @@ class Engine:
         if not account.spend(len(body), now):
             self._complain(peer, account, now)
             return True
-        self._read(peer_id, peer, body, now)
+        peer.queue(body, now)
+        if peer_id not in self._behind:
+            self._serve(peer_id, peer)
+        elif peer.waiting > self.limits.max_queued_bytes:
+            most = f"limits.max_queued_bytes is {self.limits.max_queued_bytes}"
+            self._turn_away(peer_id, Refused("over_queue", f"{most}: more waits to be done"))
+            self.drop(peer_id, "over_queue")
+            return False
         return True
+
+    def catch_up(self, seconds: float) -> bool:
+        """Do what waits of peers that have had their turn, in turns, for so long at the most.
+
+        Returns
+        -------
+        bool
+            Whether nothing is left.
+        """
+        until = self._clock() + seconds
+        while self._behind and self._clock() < until:
+            peer_id = next(iter(self._behind))
+            self._serve(peer_id, self.peers[peer_id])
+        return not self._behind
 
     def _admit_peer(self, peer_id: bytes, account: Account) -> None:
         if len(self.peers) >= self.limits.max_peers:
@@ -271,20 +285,31 @@ class Engine:
         if complaint is not None:
             self._tell(peer, messages.Error(complaint.code, complaint.reason))
 
-    def _read(self, peer_id: bytes, peer: Peer, body: bytes, now: float) -> None:
-        """Do what a body asks for, message by message."""
-        try:
-            requests = self._decode(body)
-        except Refused as refused:
-            self._refuse(peer, refused)
-            return
-        for request in requests:
+    def _serve(self, peer_id: bytes, peer: Peer) -> None:
+        """Do what a peer asks for, message by message, until it is done or the turn is over."""
+        self._behind.pop(peer_id, None)
+        over = self._clock() + _TURN_S
+        while True:
+            for request in peer.requests:
+                self._attempt(peer_id, peer, request)
+                if self._clock() > over:
+                    self._behind[peer_id] = None
+                    return
+            body = peer.next_body()
+            if body is None:
+                return
             try:
-                self._handle(peer_id, peer, request, now)
+                peer.requests = iter(self._decode(body))
             except Refused as refused:
-                self._refuse(peer, refused, request)
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is this peer's
-                self._fail_request(peer_id, peer, request, error)
+                self._refuse(peer, refused)
+
+    def _attempt(self, peer_id: bytes, peer: Peer, request: messages.Request) -> None:
+        try:
+            self._handle(peer_id, peer, request, peer.arrived)
+        except Refused as refused:
+            self._refuse(peer, refused, request)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is this peer's
+            self._fail_request(peer_id, peer, request, error)
 
     def _fail_request(
         self, peer_id: bytes, peer: Peer, request: messages.Request, error: Exception
@@ -492,7 +517,8 @@ class Engine:
         self._tell_again(peer, life, request.seen)
 
     def _tell_again(self, peer: Peer, life: Life, seen: dict[str, int]) -> None:
-        peer.outbox += life.missed(seen)
+        for encoded in life.missed(seen):
+            peer.tell(encoded)
 
     def _again(self, peer: Peer, request: messages.Again) -> None:
         """Tell a subscriber what it has missed."""
@@ -610,6 +636,8 @@ class Engine:
         if isinstance(decision, Batch):
             self._step(decision, now)
             return Pause(now, deaf=False)
+        if self._behind:
+            return Pause(now, deaf=False)
         expected, until = self._scheduler.arrivals(now, self._tightest_s)
         until = min(until, now + _LONGEST_PAUSE_S)
         if until <= now:  # a budget too tight to leave anything in the socket
@@ -679,6 +707,7 @@ class Engine:
             self.drop(peer_id, "idle")
         for name in [n for n, t in self._last_chunk.items() if now - t > limits.stream_timeout_s]:
             self._end(self._streams[name], "idle")
+        self._bound_queues()
         self._forget_lives(now)
         self._tell_silence(now)
         self._forget_vitals(now)
@@ -687,6 +716,16 @@ class Engine:
             self._summarise()
         if self._audit is not None:
             self.metrics.audit_lost = self._audit.lost
+
+    def _bound_queues(self) -> None:
+        """Give up the peers of whom most waits, if all together is more than may."""
+        self.metrics.queued_bytes = sum(x.waiting + x.unsent for x in self.peers.values())
+        while self.metrics.queued_bytes > self.limits.max_queued_mb * 2**20:
+            size, peer_id = max((x.waiting + x.unsent, p) for p, x in self.peers.items())
+            most = f"limits.max_queued_mb is {self.limits.max_queued_mb}"
+            self._turn_away(peer_id, Refused("over_queue", f"{most}: more waits, yours is most"))
+            self.drop(peer_id, "over_queue")
+            self.metrics.queued_bytes -= size
 
     def drop(self, peer_id: bytes, reason: str) -> None:
         """Give up a connection and its streams; those with a life may be resumed on another."""
@@ -698,6 +737,7 @@ class Engine:
             else:
                 self._streams[name] = stream._replace(peer=_NOBODY)
         del self.peers[peer_id], peer.account.peers[peer_id]
+        self._behind.pop(peer_id, None)
         self.metrics.dropped_peers += 1
         self.metrics.peers = len(self.peers)
 
@@ -726,14 +766,11 @@ class Engine:
 
     def waiting(self) -> list[bytes]:
         """Return the peers for whom there is something to send."""
-        return [peer_id for peer_id, peer in self.peers.items() if peer.outbox]
+        return [peer_id for peer_id, peer in self.peers.items() if peer.unsent]
 
     def take(self, peer_id: bytes) -> bytes:
-        """Return one body with all that a peer is to be told, and forget it."""
-        outbox = self.peers[peer_id].outbox
-        body = messages.body(outbox)
-        outbox.clear()
-        return body
+        """Return one body of what a peer is to be told, and forget it."""
+        return self.peers[peer_id].take()
 
     def _route(self, stream: Stream, message: Message) -> None:
         """Queue a message for the stream's client, and a result for subscribers too."""
@@ -764,10 +801,10 @@ class Engine:
         """Queue a message for a peer, unless it is gone."""
         peer = self.peers.get(peer_id)
         if peer is not None:
-            peer.outbox.append(encoded)
+            peer.tell(encoded)
 
     def _tell(self, peer: Peer, message: Message) -> None:
-        peer.outbox.append(messages.encode(message))
+        peer.tell(messages.encode(message))
 
     def _refuse(
         self, peer: Peer, refused: Refused, request: messages.Request | None = None

@@ -53,6 +53,7 @@ class Metrics(Collector):
         self.missed_deadlines = 0
         self.runs: dict[str, Counter[tuple[int, int]]] = {}  # of each model: by rows and hops
         self.dropped_peers = 0  # that did not read, or died
+        self.queued_bytes = 0  # undone or unread, a second ago at the most
         self.audit_lost = 0
         self.lost_checkpoints = 0  # that could not be read
         self.connections = 0  # of clients and subscribers, and on their way in
@@ -66,6 +67,9 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         yield GaugeMetricFamily("murmur_streams_open", "streams", value=self.streams_open)
         yield GaugeMetricFamily("murmur_peers", "connections", value=self.peers)
+        yield GaugeMetricFamily(
+            "murmur_queued_bytes", "of peers, undone or unread", value=self.queued_bytes
+        )
         for name, text, value in (
             ("chunks", "chunks accepted", self.chunks),
             ("duplicates", "chunks that had come before", self.duplicates),

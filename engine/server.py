@@ -34,14 +34,19 @@ from engine.runtime import CpuRuntime, Runtime
 
 log = logging.getLogger(__name__)
 
-# Of receiving, before the engine gets its turn: no flood keeps the loop from its deadlines.
-_LONGEST_DRAIN_S = 0.02
+# Of receiving, and as long again of what peers have asked for in many messages, before the engine
+# gets its turn: no flood keeps the loop from its deadlines.
+_LONGEST_DRAIN_S = 0.01
 _TICK_S = 1.0
 # After the signal to stop: what was sent before it may still be on its way through the kernel.
 _GRACE_S = 0.1
-# libzmq hangs up on a peer that announces more than this, before it takes memory for it. Up to
-# here the engine answers with its own, lower limit.
-_HARD_MAX_BYTES = 16 * 2**20
+# libzmq hangs up on a peer that announces so many times `max_message_bytes`, before it takes
+# memory for it. Up to there the engine answers with its own, lower limit.
+_HARD_MAX = 2
+# Bodies that a socket keeps for a peer: enough for its thread to work while this one does.
+_SENDING = 8
+# After so long a peer that did not read is tried again.
+_RETRY_S = 0.05
 _LOOPBACK = re.compile(r"(ipc|inproc)://|tcp://(127\.[0-9.]+|localhost|\[::1\]):")
 
 
@@ -107,13 +112,16 @@ class Server:
         self._clients = self._context.socket(zmq.ROUTER)
         self._publisher = Publisher(self._context, self._door, config.limits)
         limits = config.limits
+        self._clients.setsockopt(zmq.SNDHWM, _SENDING)
+        self._publisher.socket.setsockopt(zmq.SNDHWM, limits.max_queued_messages)
         for one in (self._clients, self._publisher.socket):
             one.setsockopt(zmq.LINGER, 1000)
-            one.setsockopt(zmq.SNDHWM, limits.max_queued_messages)
             # TCP says nothing of a host that vanished; ZeroMQ's own heartbeat does.
             one.setsockopt(zmq.HEARTBEAT_IVL, 5_000)
             one.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15_000)
-        self._clients.setsockopt(zmq.MAXMSGSIZE, _HARD_MAX_BYTES)
+        longest = _HARD_MAX * limits.max_message_bytes
+        self._clients.setsockopt(zmq.MAXMSGSIZE, longest)
+        self._clients.setsockopt(zmq.RCVHWM, max(2, limits.max_queued_bytes // longest))
         # A peer that is gone or does not read is an error to see, not a message to lose.
         self._clients.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._clients.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -175,11 +183,12 @@ class Server:
             late = now > stopped + self.config.limits.drain_s
             graced = late or (all_read and now > stopped + _GRACE_S)
             drained = graced and self.engine.drain(at_once=late)
-            self._send()
-            if drained:
+            all_sent = self._send()
+            if drained and (all_sent or late):
                 return
             next_tick = min(next_tick, now + _GRACE_S) if self._stopping else next_tick
-            left_s = min(next_tick, pause.until) - time.monotonic()
+            until = min(next_tick, pause.until, math.inf if all_sent else now + _RETRY_S)
+            left_s = until - time.monotonic()
             if left_s > 0:
                 (signals if pause.deaf else arrivals).poll(math.ceil(left_s * 1000))
                 self._hush()
@@ -210,7 +219,11 @@ class Server:
             self._woken.recv(4096, socket.MSG_DONTWAIT)
 
     def _receive(self, arrival: float) -> bool:
-        """Hand what has come to the engine; return whether that was all."""
+        """Hand what has come to the engine; return whether that was all, and all is done."""
+        all_read = self._read(arrival)
+        return self.engine.catch_up(_LONGEST_DRAIN_S) and all_read
+
+    def _read(self, arrival: float) -> bool:
         until = time.monotonic() + _LONGEST_DRAIN_S
         while time.monotonic() < until:
             try:
@@ -238,7 +251,8 @@ class Server:
             for peer_id in list(account.peers):
                 self.engine.drop(peer_id, "other_key")
 
-    def _send(self) -> None:
+    def _send(self) -> bool:
+        """Send what there is; return whether every peer had room for it."""
         self._publisher.send(self.engine.published, time.monotonic())
         self.engine.published.clear()
         for peer_id, body in self.engine.turned_away:
@@ -246,19 +260,34 @@ class Server:
                 self._clients.send_multipart((peer_id, body), zmq.NOBLOCK)
         self.engine.turned_away.clear()
         lost: list[tuple[bytes, str]] = []
+        all_sent = True
         for peer_id in self.engine.waiting():
-            body = self.engine.take(peer_id)
-            try:
-                self._clients.send_multipart((peer_id, body), zmq.NOBLOCK)
-            except zmq.Again:
-                lost.append((peer_id, "slow_reader"))
-            except zmq.ZMQError as error:
-                if error.errno != zmq.EHOSTUNREACH:
-                    raise
-                lost.append((peer_id, "gone"))
+            reason = self._send_to(peer_id)
+            if reason:
+                lost.append((peer_id, reason))
+            elif self.engine.peers[peer_id].unsent:
+                all_sent = False
         for peer_id, reason in lost:
             log.warning("peer %s given up: %s", peer_id.hex(), reason)
             self.engine.drop(peer_id, reason)
+        return all_sent
+
+    def _send_to(self, peer_id: bytes) -> str:
+        """Send what a peer has room for; return why it must be given up, or nothing."""
+        peer = self.engine.peers[peer_id]
+        while peer.unsent:
+            body = peer.take()
+            try:
+                self._clients.send_multipart((peer_id, body), zmq.NOBLOCK)
+            except zmq.Again:
+                peer.put_back(body)
+                too_many = peer.unsent > self.config.limits.max_queued_bytes
+                return "slow_reader" if too_many else ""
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EHOSTUNREACH:
+                    raise
+                return "gone"
+        return ""
 
     def _close(self) -> None:
         self._door.close()

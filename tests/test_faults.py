@@ -123,7 +123,7 @@ def opening(name: str) -> m.Open:
 def test_a_client_that_never_reads_is_dropped_and_no_one_else_waits(
     serving: Starter, beside: Beside, tiny_path: Path, sockets: Sockets
 ) -> None:
-    server = serving("--limit", "max_queued_messages=20")
+    server = serving("--limit", "max_queued_bytes=300000")
     good = beside(server)
     deaf = dealer(sockets, server, RCVHWM=1, RCVBUF=4096, SNDHWM=0)
     tell(deaf, opening("deaf"))
@@ -135,6 +135,29 @@ def test_a_client_that_never_reads_is_dropped_and_no_one_else_waits(
         good.send(HOP)  # and its answer, or the server would join the answers to many floods
         good.client.wait(lambda: good.stream.acked_index == good.sent)
     assert metric(server, "murmur_streams_open") == 1
+    good.assert_unharmed(tiny_path)
+
+
+def test_peers_that_never_read_cost_no_more_memory_than_their_limit(
+    serving: Starter, beside: Beside, tiny_path: Path, sockets: Sockets
+) -> None:
+    server = serving("--limit", "max_queued_bytes=2000000")
+    good = beside(server)
+    good.send(HOP)
+    before = metric(server, "process_resident_memory_bytes")
+    flood = m.body([m.encode(m.Hello(m.VERSION))] * 512)  # asks for ten times as many bytes
+    highest = 0.0
+    for number in range(4):
+        deaf = dealer(sockets, server, RCVHWM=1, RCVBUF=4096, SNDHWM=0)
+        deadline = time.monotonic() + DEADLINE_S
+        while metric(server, "murmur_dropped_peers_total") <= number:
+            assert time.monotonic() < deadline
+            for _ in range(20):
+                deaf.send(flood)
+            highest = max(highest, metric(server, "process_resident_memory_bytes"))
+            good.client.tell(m.Ping())
+    # Unread, undone, in the sockets' own queues, and what the allocator does not give back.
+    assert highest - before < 4 * 10_000_000
     good.assert_unharmed(tiny_path)
 
 
