@@ -101,7 +101,7 @@ class Driven:
     def heard(self, peer: str) -> list[Any]:
         """Return all that a peer was told since the beginning."""
         told = self._heard.setdefault(peer, [])
-        if self.engine.peers.get(peer.encode()) and self.engine.peers[peer.encode()].outbox:
+        while peer.encode() in self.engine.waiting():
             told += m.decode_replies(self.engine.take(peer.encode()))
         return told
 
