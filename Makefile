@@ -34,7 +34,7 @@ clean:
 
 .venv/ready-to-test: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing murmur and what its tests need into .venv; torch takes a while"
-	$(INSTALL) --editable '.[cpu,ecg,speech,mic,fhir,export,train,dev]'
+	$(INSTALL) --editable '.[cpu,ecg,speech,mic,fhir,export,train,fuzz,dev]'
 	$(INSTALL) --no-deps $(CARRIERS)
 	@touch .venv/ready-to-run $@
 
