@@ -25,7 +25,7 @@ from engine.messages import Alert
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
 COLUMNS = (
     "line",
     "wall",  # UTC, when the engine told it
@@ -49,9 +49,11 @@ COLUMNS = (
     "quality",
     "model",
     "sha256",
+    "life",  # of the stream; with the number it names a transition, however often it comes
+    "number",
 )
 _REALS = ("seconds", "value", "limit_value", "quality")
-_INTEGERS = ("sample", "decided_at", "onset", "transitions")
+_INTEGERS = ("sample", "decided_at", "onset", "transitions", "life", "number")
 _MAX_WAITING = 100_000  # entries, of some 1 kB; more are lost, counted and told
 _RETRY_S = 1.0
 
@@ -193,6 +195,7 @@ def _prepare(database: sqlite3.Connection) -> None:
         BEGIN;
         CREATE TABLE lines ({columns}) STRICT;
         CREATE INDEX lines_by_subject ON lines (subject, line);
+        CREATE UNIQUE INDEX once ON lines (stream, life, number) WHERE life != 0;
         CREATE TABLE states (subject TEXT PRIMARY KEY, state TEXT NOT NULL) STRICT;
         CREATE TRIGGER no_update BEFORE UPDATE ON lines {refuse};
         CREATE TRIGGER no_delete BEFORE DELETE ON lines {refuse};
@@ -222,7 +225,8 @@ def _type(column: str) -> str:
 def _insert(database: sqlite3.Connection, batch: list[_Entry]) -> None:
     database.executemany(
         f"INSERT INTO lines ({', '.join(COLUMNS[1:])}) "
-        f"VALUES ({', '.join('?' * (len(COLUMNS) - 1))})",
+        f"VALUES ({', '.join('?' * (len(COLUMNS) - 1))}) "
+        "ON CONFLICT (stream, life, number) WHERE life != 0 DO NOTHING",
         [line for entry in batch for line in entry.lines],
     )
     for entry in batch:
@@ -258,4 +262,6 @@ def _line(alert: Alert, wall: str) -> tuple[Any, ...]:
         alert.quality,
         alert.model,
         alert.sha256,
+        alert.life,
+        alert.number,
     )

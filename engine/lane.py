@@ -122,6 +122,14 @@ class Lane:
             If the wing cannot do what the stream asks for; no row is taken.
         """
         slot = self.open(session)
+        try:
+            self._put(slot, session, carried)
+        except BaseException:
+            self.close(slot)
+            raise
+        return slot
+
+    def _put(self, slot: int, session: Session, carried: Mapping[str, Any]) -> None:
         samples, fill = carried["samples"], carried["fill"]
         self._queue[slot, : len(samples)] = samples
         self._head[slot], self._fill[slot] = len(samples) - fill, fill
@@ -132,7 +140,6 @@ class Lane:
         self.runtime.put(slot, carried["state"])
         session.put(carried["session"])
         self.wing.put(slot, carried["wing"])
-        return slot
 
     def close(self, slot: int) -> None:
         self.wing.close(slot)

@@ -81,6 +81,8 @@ _PUBLISHED = (
 )
 
 
+# What comes of a checkpoint that is whole, but not of this version's making.
+_UNREADABLE = (KeyError, IndexError, TypeError, ValueError, AttributeError, AssertionError)
 # Of a durable stream they wait for the checkpoint that makes them true.
 _WAITING = (messages.Ack, messages.Flushed, messages.Closed)
 _MOST_ADOPTED_BYTES = 64 * 2**20  # of one subject's streams
@@ -198,6 +200,7 @@ class Engine:
         self._now = 0.0  # of the last message, turn or tick
         self._saved = False  # all that is durable is on its way to the disk, at the end
         self.handover: tuple[bytes, messages.Drain] | None = None
+        self._unheard: set[bytes] = set()  # peers of whom chunks were not taken meanwhile
         self._lossy = False  # the disk takes nothing, and nothing waits for it
         self._streams: dict[str, Stream] = {}
         self._last_chunk: dict[str, float] = {}
@@ -591,7 +594,8 @@ class Engine:
         self._last_chunk[chunk.stream] = now
         gaps, lost = session.gaps, session.lost_samples
         bridged, late = session.bridged_samples, session.late
-        if self.draining and (self.handover or self._durable(stream)):
+        if self.draining and stream.life is not None and (self.handover or self._store):
+            self._unheard.add(peer_id)
             return  # it is not acknowledged, and will be sent to who goes on with the stream
         if not session.accept(chunk, now):
             self.metrics.late += session.late - late
@@ -883,7 +887,7 @@ class Engine:
         """Tell a message that was owed."""
         message = owed.message
         if isinstance(message, messages.Alert):
-            self._tell_alert(message)
+            self._tell_alert(message, owed.peer)
             return
         stream = self._streams.get(getattr(message, "stream", ""))
         if stream is None or stream.life is None:
@@ -953,8 +957,8 @@ class Engine:
             for name, data in self._store.load():
                 try:
                     self._put(name, checkpoint.decode(data), now)
-                except CheckpointError as error:
-                    log.error("checkpoint of %s: %s", name, error)
+                except (CheckpointError, *_UNREADABLE) as error:
+                    log.error("%s", fault("a checkpoint was given up", error))
                     self.metrics.lost_checkpoints += 1
             self._store.start()
         if self._audit is not None:
@@ -975,10 +979,13 @@ class Engine:
         """Return all streams with a life."""
         groups: dict[str, Group] = {}
         for name, stream in self._streams.items():
+            if stream.life is not None and stream.group not in groups:
+                known = self._keeper.groups.get(stream.group)
+                groups[stream.group] = known or Group(stream.group)
             if stream.life is not None:
-                groups.setdefault(stream.group, Group(stream.group)).streams.add(name)
+                groups[stream.group].streams.add(name)
         for group in self._keeper.groups.values():
-            groups.setdefault(group.name, group).over = group.over
+            groups.setdefault(group.name, group)
         taken = []
         for group in groups.values():
             streams = [self._streams[name] for name in sorted(group.streams)]
@@ -1009,8 +1016,12 @@ class Engine:
         """Go on with all streams: they could not be given away."""
         assert self.handover is not None
         error = messages.Error("not_moved", reason)
-        self._send(self.handover[0], messages.encode(error))
+        asker = self.handover[0]
+        self._send(asker, messages.encode(error))
         self.draining, self.handover = False, None
+        for peer_id in self._unheard & self.peers.keys() - {asker}:
+            self.drop(peer_id, "not_moved")  # they come again, and send what was not taken
+        self._unheard.clear()
 
     def _adopt(self, peer_id: bytes, peer: Peer, request: messages.Adopt, now: float) -> None:
         """Go on with the streams of another server; they are this peer's until they are resumed."""
@@ -1030,14 +1041,14 @@ class Engine:
                 opened = msgspec.convert(carried["open"], messages.Open)
                 if name in self._streams:
                     raise Refused("stream_taken", f"stream {name!r} is open here")
-                fault = self._cannot_go_on(opened, carried["sha256"])
-                if fault:
-                    raise Refused(fault, f"stream {name!r} cannot go on here")
+                lack = self._cannot_go_on(opened, carried["sha256"])
+                if lack:
+                    raise Refused(lack, f"stream {name!r} cannot go on here")
                 self._admit(self._lanes[opened.model])
             self._put(request.name, state, now)
-        except CheckpointError as error:
-            raise Refused("bad_state", str(error)) from None
-        for name in state["streams"]:
+        except (CheckpointError, *_UNREADABLE) as error:
+            raise Refused("bad_state", fault("adopt", error)) from None
+        for name in state["streams"].keys() & self._streams.keys():
             peer.streams.add(name)
             self._streams[name] = self._streams[name]._replace(peer=peer_id)
         adopted = Owed(peer_id, messages.Adopted(request.id))
@@ -1101,8 +1112,8 @@ class Engine:
                 told += self._alerts.lost(subject, stream, tell=False)
         self._tell_alerts(told)
         if self._audit is not None:  # it may not have got what was told last
-            for stream in memory["streams"]:
-                self._audit.add(self._told_alerts(stream), self._alerts.take_out(subject))
+            for alert in [one for name in memory["streams"] for one in self._told_alerts(name)]:
+                self._audit.add([alert], self._alerts.take_out(subject))
 
     def _told_alerts(self, name: str) -> list[messages.Alert]:
         """Return the alerts among the results of a stream that are kept."""
@@ -1236,7 +1247,7 @@ class Engine:
         for alert in map(self._stated, alerts):
             stream = self._streams.get(alert.stream)
             if stream is None or stream.life is None:
-                self._tell_alert(alert)
+                self._tell_alert(alert, _NOBODY if stream is None else stream.peer)
                 continue
             session, life = stream.session, stream.life
             life.number(alert)
@@ -1245,12 +1256,11 @@ class Engine:
             # crash. So nobody hears of one that could be undone.
             self._owe(stream, life, alert)
 
-    def _tell_alert(self, alert: messages.Alert) -> None:
+    def _tell_alert(self, alert: messages.Alert, peer_id: bytes) -> None:
         """Tell a transition to its stream's client and to subscribers, and write it down."""
         encoded = messages.encode(alert)
         stream = self._streams.get(alert.stream)
-        if stream is not None:
-            self._send(stream.peer, encoded)
+        self._send(peer_id if stream is None else stream.peer, encoded)
         self._publish(alert, alert.stream, encoded)
         if self._audit is not None:
             self._audit.add([alert], self._alerts.take_out(alert.subject))

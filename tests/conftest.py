@@ -85,6 +85,12 @@ def smoother(
     return tiny.write_smoother(folder, request.param), request.param
 
 
+@pytest.fixture(scope="session")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model that says how loud the loudest sample of each 0.1 s is."""
+    return tiny.write_detector(tmp_path_factory.mktemp("detector"))
+
+
 class Clock:
     """Seconds that pass when a test says so."""
 

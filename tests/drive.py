@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from engine import messages as m
 from engine import model_file
+from engine.alerts import Alerts
+from engine.audit import Audit
+from engine.checkpoint import Store
 from engine.config import Config, Limits, Subjects
 from engine.loop import Engine
 from engine.metrics import Metrics
@@ -33,6 +36,9 @@ class Driven:
         *paths: Path,
         subjects: Subjects = _ANY,
         recorder: Recorder | None = None,
+        store: Store | None = None,
+        alerts: Alerts | None = None,
+        audit: Audit | None = None,
         **limits: Any,
     ) -> None:
         bounds = Limits(**(_AMPLE | limits))
@@ -50,6 +56,9 @@ class Driven:
             wake=self._woken.set,
             subjects=subjects,
             recorder=recorder,
+            store=store,
+            alerts=alerts,
+            audit=audit,
         )
         self._heard: dict[str, list[Any]] = {}
 

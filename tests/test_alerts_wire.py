@@ -33,11 +33,6 @@ priority = "high"
 HOP_S = 0.1
 
 
-@pytest.fixture(scope="module")
-def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_detector(tmp_path_factory.mktemp("detector"))
-
-
 def sound(*seconds: float) -> np.ndarray:
     """Return a second of each loudness."""
     return np.repeat(np.array(seconds, np.float32), int(tiny.RATE_HZ))

@@ -43,6 +43,8 @@ LINE = {
     "quality": 0.0,
     "model": "heart",
     "sha256": "0" * 64,
+    "life": 0,
+    "number": 0,
 }
 
 
@@ -167,7 +169,7 @@ def test_a_file_that_is_something_else_is_refused_and_left_alone(tmp_path: Path)
     database = sqlite3.connect(foreign)
     database.execute("CREATE TABLE t (x)")
     database.close()
-    with pytest.raises(ConfigError, match=r"other\.db: expected an audit log of version 1"):
+    with pytest.raises(ConfigError, match=r"other\.db: expected an audit log of version 2"):
         Audit(foreign)
     with pytest.raises(ConfigError, match=r"nowhere"):
         Audit(tmp_path / "nowhere" / "audit.db")

@@ -206,6 +206,17 @@ def test_a_vital_that_cannot_be_is_refused_with_what_was_expected(
 # --- through the engine ------------------------------------------------------------------------
 
 
+def raised_by(driven: Driven) -> set[str]:
+    """Return the rules whose alert of the subject became active."""
+    return {
+        alert.rule
+        for topic, body in driven.engine.published
+        if topic == b"alert/p-17"
+        for alert in m.decode_replies(body)
+        if isinstance(alert, m.Alert) and alert.state == "active"
+    }
+
+
 def vital(parameter: str, value: float, seconds: float = 10.0, **fields: Any) -> m.Vital:
     return m.Vital(fields.get("subject", "p-17"), parameter, value, UNITS[parameter], seconds)
 
@@ -222,14 +233,7 @@ def test_vitals_come_back_as_measures_and_raise_an_alert(tiny_path: Path) -> Non
     assert (told[-1].index, told[-1].seconds, told[-1].decided_at) == (20_000, 20.0, 20_000)
     published = {topic for topic, _ in driven.engine.published}
     assert published >= {b"measures/p-17", b"alert/p-17"}
-    alerts = [
-        alert.rule
-        for topic, body in driven.engine.published
-        if topic == b"alert/p-17"
-        for alert in m.decode_replies(body)
-        if isinstance(alert, m.Alert) and alert.state == "active"
-    ]
-    assert "news2_emergency" in alerts
+    assert "news2_emergency" in raised_by(driven)
 
 
 @pytest.mark.parametrize(
@@ -247,14 +251,7 @@ def test_a_low_saturation_is_low_for_its_scale(
     driven = Driven(tiny_path)
     driven.say("nurse", vital("spo2_scale", scale))
     driven.say("nurse", *(vital("spo2", spo2, 10.0 + 5 * number) for number in range(4)))
-    alerts = [
-        alert.rule
-        for topic, body in driven.engine.published
-        if topic == b"alert/p-17"
-        for alert in m.decode_replies(body)
-        if isinstance(alert, m.Alert) and alert.state == "active"
-    ]
-    assert set(alerts) == raised
+    assert raised_by(driven) == raised
 
 
 def test_the_ecg_of_the_same_subject_gives_the_pulse(heart_path: Path) -> None:
