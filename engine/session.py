@@ -43,7 +43,6 @@ _CARRIED = (
     "last_flush",
     "flushed",
     "_next_seq",
-    "_held_samples",
     "_unbroken_from",
 )
 _counts = attrgetter(*_CARRIED)
@@ -497,13 +496,15 @@ class Session:
     # --- from one server to the next -------------------------------------------------------
 
     def take(self) -> dict[str, Any]:
-        """Return all that is carried, as plain data and arrays, to be put back elsewhere."""
+        """Return all that is carried, as plain data and arrays, to be put back elsewhere.
+
+        Chunks that wait for an earlier one are not: they are sent again with it.
+        """
         return {
             "counts": _counts(self),
             "inbox": [(type(item).__name__, *item) for item in self.inbox],
             "resampler": None if self._resampler is None else self._resampler.take(),
             "pulses": None if self._pulses is None else self._pulses.take(),
-            "held": [(held.chunk, held.arrived) for held in self._held],
             "given_up": [(numbers.start, numbers.stop) for numbers in self._given_up],
             "latest": self._latest[-1:],
             "due": list(self._due),
@@ -522,8 +523,6 @@ class Session:
             self._resampler.put(carried["resampler"])
         if self._pulses is not None:
             self._pulses.put(carried["pulses"])
-        chunks = [(msgspec.convert(chunk, Chunk), at) for chunk, at in carried["held"]]
-        self._held = [Held(chunk, self._read(chunk), at) for chunk, at in chunks]
         self._given_up.extend(range(*numbers) for numbers in carried["given_up"])
         self._latest = carried["latest"]
         self._due.extend((at, msgspec.convert(told, _OWN)) for at, told in carried["due"])
