@@ -15,6 +15,7 @@ the server goes away and comes back, the client opens its streams again and send
 was not acknowledged.
 """
 
+import contextlib
 import secrets
 import time
 import uuid
@@ -448,9 +449,11 @@ class Client:
 
     def close(self) -> None:
         """End the connection and its streams, without waiting for what is on its way."""
-        for stream in self._streams.values():
-            if stream.is_open:
-                self.tell(messages.Close(stream.name))
+        closes = [messages.Close(one.name) for one in self._streams.values() if one.is_open]
+        with contextlib.suppress(zmq.Again):  # nobody is there who could be told
+            if closes:
+                body = messages.body([messages.encode(close) for close in closes])
+                self._socket.send(body, zmq.NOBLOCK)
         self._socket.close(linger=1000)
         self._context.term()
 

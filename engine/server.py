@@ -75,10 +75,9 @@ class Server:
     def __init__(self, config: Config) -> None:
         self.config = config
         own, keys_file = _keys(config) or (None, None)
-        served = [
-            (model, runtime(model, config))
-            for model in (model_file.load(name, config.provider) for name in config.models)
-        ]
+        models = [model_file.load(name, config.provider) for name in config.models]
+        _check_hashes(models, config.sha256)
+        served = [(model, runtime(model, config)) for model in models]
         self.metrics = metrics.Metrics()
         self._waker, self._woken = socket.socketpair()
         self._waker.setblocking(False)
@@ -318,6 +317,22 @@ def runtime(model: Model, config: Config) -> Runtime:
 
         return DeviceRuntime(model, num_slots, device="cuda")
     return CpuRuntime(model, num_slots, config.num_threads)
+
+
+def _check_hashes(models: list[Model], wanted: dict[str, str]) -> None:
+    """Check that models are the ones that the configuration means.
+
+    Raises
+    ------
+    ConfigError
+        If one is another, or a hash is of none of them and would check nothing.
+    """
+    found = {model.spec.name: model.sha256 for model in models}
+    for name, sha256 in wanted.items():
+        if name not in found:
+            raise ConfigError(f"sha256: expected one of the models {sorted(found)}, found {name!r}")
+        if found[name] != sha256:
+            raise ConfigError(f"sha256 of {name}: expected {sha256}, found {found[name]}")
 
 
 def _keys(config: Config) -> tuple[Pair, Path] | None:

@@ -175,3 +175,14 @@ def test_the_recorded_beat_can_be_read() -> None:
     (beat,) = m.decode_replies(body)
     assert isinstance(beat, m.Beat)
     assert topic == f"beat/{beat.stream}".encode()
+
+
+def test_every_test_that_the_page_on_security_names_is_there() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "security.md").read_text()))
+    found = {
+        name
+        for file in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)
+    }
+    assert named - found == set()
+    assert len(named) > 15
