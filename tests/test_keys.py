@@ -90,14 +90,14 @@ def test_a_peer_without_a_key_is_refused_and_held_nowhere(ward: Ward) -> None:
     before = metric(ward.server, "murmur_peers")
     with pytest.raises(Disconnected):
         Client(ward.server.address, 5.0)
-    assert metric(ward.server, "murmur_peers") == before
+    assert metric(ward.server, "murmur_peers") <= before  # who was there may have gone
 
 
 def test_a_key_that_is_not_in_the_file_is_refused(ward: Ward) -> None:
     before = metric(ward.server, "murmur_peers")
     with pytest.raises(Disconnected, match="does not let this key in"):
         ward.client("stranger")
-    assert metric(ward.server, "murmur_peers") == before
+    assert metric(ward.server, "murmur_peers") <= before  # who was there may have gone
 
 
 def test_a_client_believes_no_other_server(ward: Ward) -> None:
